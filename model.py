@@ -1,0 +1,305 @@
+"""The networks of PCAE (panels a and b of the poster): ViT encoder, light decoder, and `PCAE`, which ties them together.
+
+Read `PCAE` at the end first: its `forward` is the method. Shapes: B images, N patches, n tokens of a sequence, D width.
+Encoder parameters carry timm's names, so public ViT weights load without a mapping and ours load into timm.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from ptr import PTR, drop_tokens, gather_tokens, num_kept, token_counts
+
+# vit_mini is ours, for laptops; the others are the usual sizes. vit_huge is meant for patches of 14 pixels.
+MODELS = {
+    "vit_mini": dict(dim=128, depth=6, heads=4),
+    "vit_tiny": dict(dim=192, depth=12, heads=3),
+    "vit_small": dict(dim=384, depth=12, heads=6),
+    "vit_base": dict(dim=768, depth=12, heads=12),
+    "vit_large": dict(dim=1024, depth=24, heads=16),
+    "vit_huge": dict(dim=1280, depth=32, heads=16),
+}
+
+
+# --- parts of a transformer -------------------------------------------------------------------------------------------
+
+
+def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Rows and columns of patches of an (H, W) image."""
+    height, width = image_size
+    if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"image size {height} x {width} (--image-size) is not a multiple of the patch size {patch_size} "
+            "(--patch-size)"
+        )
+    return height // patch_size, width // patch_size
+
+
+def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D sine-cosine positions (1, 1 + rows * columns, dim): zeros for the class token, then row-major patches.
+
+    As in MAE: the first half of the channels encodes the column, the second the row, each as sin then cos of
+    position / 10000^(k / (dim / 4)).
+    """
+    if dim % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, got {dim}")
+    rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
+    frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    y, x = torch.meshgrid(rows, columns, indexing="ij")
+    angles = [position.flatten()[:, None] * frequencies for position in (x, y)]  # two of (N, dim / 4)
+    patches = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, dim)
+    return torch.cat([torch.zeros(1, dim), patches.float()])[None]
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of square patches; a convolution's weights, applied only to the patches asked for."""
+
+    def __init__(self, patch_size: int, channels: int, dim: int):
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
+        """(B, C, H, W), ids (B, n) or None for all -> (B, n, D). Gathering first saves the work on all other patches."""
+        p = self.patch_size
+        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        if patch_ids is not None:
+            patches = gather_tokens(patches, patch_ids)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch under drop path."""
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = StochasticDepth(drop_path, mode="row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform projections (a patch convolution counts as one), zero biases."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(module.weight.data.flatten(1))
+        nn.init.zeros_(module.bias)
+
+
+# --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What an encoder returns: normalised tokens (B, [1 +] n, D), and the patch (row-major) each patch token is of."""
+
+    tokens: Tensor
+    patch_ids: Tensor  # (B, n)
+
+
+class ViT(nn.Module):
+    """Vision transformer on any subset of an image's patches, with or without its class token, with or without PTR."""
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        *,
+        channels: int = 3,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(f"width {dim} (--dim) is not a multiple of the number of heads {heads} (--heads)")
+        self.grid = grid_size(image_size, patch_size)
+        self.num_patches = math.prod(self.grid)
+        self.dim = dim
+        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, self.grid), requires_grad=False)
+        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
+        """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
+        x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]
+        if class_token:
+            cls = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        return x
+
+    def forward(
+        self, images: Tensor, patch_ids: Tensor | None = None, *, class_token: bool = True, ptr: PTR | None = None
+    ) -> Encoded:
+        """Encode the patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
+        if patch_ids is None:
+            patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        x = self.embed(images, patch_ids, class_token)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if ptr is not None and i in ptr.blocks:
+                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=int(class_token), criterion=ptr.criterion)
+                patch_ids = patch_ids.gather(1, kept)
+        return Encoded(self.norm(x), patch_ids)
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Predicts the teacher's output at asked positions from the student's tokens: a few narrow blocks."""
+
+    def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
+        super().__init__()
+        if heads < 1 or dim % heads:
+            raise ValueError(
+                f"decoder width {dim} (--decoder-dim) is not a multiple of its heads {heads} (--decoder-heads)"
+            )
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, out_dim)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
+        """Student tokens (B, 1 + V, D) at patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried` (B, Q)."""
+        cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
+        masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
+        x = torch.cat([cls + cls_position, patches + patch_positions[visible], masks], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -queried.shape[1] :]))
+
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+class PCAEOutput(NamedTuple):
+    """The loss, and what it was made of, to look at. V visible patches, R retained by the teacher."""
+
+    loss: Tensor  # scalar
+    visible: Tensor  # (B, V) patch ids the student saw
+    masked: Tensor  # (B, N - V) patch ids the teacher saw
+    retained: Tensor  # (B, R) patch ids that PTR left
+    prediction: Tensor  # (B, R, D)
+    target: Tensor  # (B, R, D)
+
+
+class PCAE(nn.Module):
+    """Progressively Compressed Auto-Encoder. `student` is what you keep; `teacher` is its moving average.
+
+    Raises ValueError where the ratios, stages and sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: ViT,
+        *,
+        mask_ratio: float = 0.75,
+        ptr: PTR | None = None,
+        decoder_dim: int = 512,
+        decoder_depth: int = 2,
+        decoder_heads: int = 16,
+    ):
+        super().__init__()
+        self.mask_ratio = mask_ratio
+        self.ptr = ptr if ptr is not None else PTR()
+        num_visible = num_kept(student.num_patches, mask_ratio)
+        if not 0 <= mask_ratio < 1 or not 0 < num_visible < student.num_patches:
+            raise ValueError(
+                f"mask ratio {mask_ratio:g} (--mask-ratio) leaves {num_visible} of {student.num_patches} patches "
+                "visible: it must be in [0, 1), with at least one patch visible and one masked"
+            )
+        self.token_counts = token_counts(student.num_patches - num_visible, len(student.blocks), self.ptr)
+        self.student = student
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, student.dim)
+
+    def train(self, mode: bool = True) -> "PCAE":
+        """As usual, but the teacher always stays in evaluation mode: its targets know no drop path."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> PCAEOutput:
+        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; default: drawn uniformly."""
+        if noise is None:
+            noise = torch.rand(len(images), self.student.num_patches, device=images.device)
+        visible, masked = split_patches(noise, self.mask_ratio)
+        target, retained = self.forward_teacher(images, masked)
+        latent = self.student(images, visible).tokens
+        prediction = self.decoder(latent, visible, retained)
+        return PCAEOutput(cosine_loss(prediction, target), visible, masked, retained, prediction, target)
+
+    @torch.no_grad()
+    def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents (B, R, D) of the masked patches that PTR retains, and their patch ids (B, R)."""
+        latent, retained = self.teacher(images, masked, class_token=False, ptr=self.ptr)
+        return F.layer_norm(latent.float(), latent.shape[-1:]), retained
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, once after each optimizer step.
+
+        By lerp, which leaves equal weights equal; a product and a sum would let the fixed positions drift.
+        """
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+
+def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Split the patches at random by `noise` (B, N): the floor(N (1 - mask_ratio)) smallest are visible.
+
+    Returns patch ids: visible (B, V), masked (B, N - V).
+    """
+    order = noise.argsort(dim=1)
+    num_visible = num_kept(noise.shape[1], mask_ratio)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()

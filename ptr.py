@@ -1,0 +1,126 @@
+"""PTR, progressive token reduction (panel c of the poster): drop the tokens that say what the others already say.
+
+Pure functions of tensors. Nothing here knows a model, so any transformer can use it:
+
+    ptr = PTR(blocks=drop_blocks(depth=12, stages=3), drop_ratio=0.5)   # after blocks 0, 4, 8
+    for i, block in enumerate(blocks):
+        x = block(x)
+        if i in ptr.blocks:
+            x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=1)
+
+Words used throughout: *kept* are the tokens that stay, *dropped* the ones that leave; a *prefix* is the tokens at
+the start of the sequence (the class token) that are neither scored, nor dropped, nor part of the mean.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CRITERIA = ("similarity", "random", "reverse")
+PLACEMENTS = ("start", "late", "front")
+
+
+@dataclass(frozen=True)
+class PTR:
+    """Where and how much to drop: `drop_ratio` of the tokens after each of `blocks` (0-based). The default is no PTR."""
+
+    blocks: tuple[int, ...] = ()
+    drop_ratio: float = 0.0
+    criterion: str = "similarity"
+
+    def __post_init__(self):
+        if not 0 <= self.drop_ratio < 1:
+            raise ValueError(f"drop ratio (--drop-ratio) must be in [0, 1), got {self.drop_ratio}")
+        if self.criterion not in CRITERIA:
+            raise ValueError(f"criterion (--criterion) must be one of {', '.join(CRITERIA)}, got {self.criterion!r}")
+        if len(set(self.blocks)) != len(self.blocks) or min(self.blocks, default=0) < 0:
+            raise ValueError(f"drop blocks (--drop-blocks) must be distinct and not negative, got {list(self.blocks)}")
+
+
+def redundancy(x: Tensor) -> Tensor:
+    """Each token's mean cosine similarity to all tokens: (B, N, D) -> (B, N), in float32.
+
+    mean_j cos(x_i, x_j) = u_i . mean_j(u_j) with u = x / |x|, so N dot products do instead of N^2.
+    Half precision would tie scores at the cut, hence float32; and a product-and-sum instead of a matrix product,
+    because autocast would run the latter in half precision again.
+    """
+    u = F.normalize(x.float(), dim=-1)
+    return (u * u.mean(dim=1, keepdim=True)).sum(dim=-1)
+
+
+def num_kept(num_tokens: int, ratio: float) -> int:
+    """How many of `num_tokens` stay when `ratio` of them go: floor(n (1 - ratio)).
+
+    The small constant guards the floor against float error: 100 * (1 - .9) is 9.999999999999998.
+    """
+    return math.floor(num_tokens * (1 - ratio) + 1e-6)
+
+
+@torch.no_grad()
+def select_tokens(x: Tensor, k: int, criterion: str = "similarity") -> Tensor:
+    """Indices (B, k) of the `k` tokens of (B, N, D) to keep, ascending, so that k = N is the identity.
+
+    `similarity` keeps the least redundant (the paper), `reverse` the most redundant (the control that should hurt),
+    `random` any (the ablation).
+    """
+    if criterion == "random":
+        score = torch.rand(x.shape[:2], device=x.device)
+    else:
+        score = redundancy(x)
+    kept = score.topk(k, dim=1, largest=criterion == "reverse", sorted=False).indices
+    return kept.sort(dim=1).values
+
+
+def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens by index, per image: (B, N, D), (B, k) -> (B, k, D)."""
+    return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def drop_tokens(
+    x: Tensor, drop_ratio: float, num_prefix: int = 0, criterion: str = "similarity"
+) -> tuple[Tensor, Tensor]:
+    """One PTR stage. The first `num_prefix` tokens are protected.
+
+    Returns the kept tokens (B, num_prefix + k, D) and their indices (B, k), counted without the prefix.
+    """
+    prefix, tokens = x[:, :num_prefix], x[:, num_prefix:]
+    kept = select_tokens(tokens, num_kept(tokens.shape[1], drop_ratio), criterion)
+    return torch.cat([prefix, gather_tokens(tokens, kept)], dim=1), kept
+
+
+def drop_blocks(depth: int, stages: int, at: str = "start") -> tuple[int, ...]:
+    """The blocks (0-based) after which tokens are dropped.
+
+    `start`: the first block of each of `stages` equal parts, floor(i L / S): 0, 4, 8 for L = 12, S = 3 (the paper's).
+    `late`: the last block of each part: 3, 7, 11. `front`: the first blocks: 0, 1, 2.
+    """
+    if at not in PLACEMENTS:
+        raise ValueError(f"placement (--drop-at) must be one of {', '.join(PLACEMENTS)}, got {at!r}")
+    if not 0 <= stages <= depth:
+        raise ValueError(f"the number of stages (--drop-stages) must be between 0 and the {depth} blocks, got {stages}")
+    if at == "front":
+        return tuple(range(stages))
+    if at == "late":
+        return tuple((i + 1) * depth // stages - 1 for i in range(stages))
+    return tuple(i * depth // stages for i in range(stages))
+
+
+def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
+    """Tokens entering each block, then those that leave the last: `depth + 1` numbers (no prefix counted).
+
+    Raises ValueError where the schedule names a block that is not there or would leave no token.
+    """
+    if max(ptr.blocks, default=-1) >= depth:
+        raise ValueError(f"drop blocks (--drop-blocks) {list(ptr.blocks)} do not fit a model of {depth} blocks")
+    counts = [num_tokens]
+    for i in range(depth):
+        counts.append(num_kept(counts[-1], ptr.drop_ratio) if i in ptr.blocks else counts[-1])
+    if counts[-1] < 1:
+        raise ValueError(
+            f"dropping {ptr.drop_ratio:g} of {num_tokens} tokens after blocks {list(ptr.blocks)} leaves no token: "
+            "lower --drop-ratio or --drop-stages"
+        )
+    return counts
