@@ -303,3 +303,12 @@ def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+@torch.no_grad()
+def spread(tokens: Tensor) -> Tensor:
+    """How far tokens (B, R, D) point in different directions: std of the unit vectors, times sqrt(D). 1 is evenly, 0 all
+    in one direction, which is what a collapsed teacher or predictor looks like.
+    """
+    unit = F.normalize(tokens.float(), dim=-1).flatten(0, 1)
+    return unit.std(dim=0, correction=0).mean() * math.sqrt(tokens.shape[-1])

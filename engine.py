@@ -1,0 +1,235 @@
+"""What a run needs that is not the method: processes, seeds, precision, schedules, optimizer groups, checkpoints, logs."""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import zipfile
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class UserError(Exception):
+    """A mistake of the user's: one sentence naming the flag or file and what to do. Ends a script with exit code 2."""
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a script's `main`: a UserError ends as one line on stderr, Ctrl-C and SIGTERM as a short goodbye."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both arrive as KeyboardInterrupt
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command with --resume continues from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --- command line -----------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(
+    parser: argparse.ArgumentParser, recipes: dict[str, dict[str, Any]], argv: list[str] | None = None
+) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Parse with three layers, the later one wins: the parser's defaults, `--recipe`, the flags given.
+
+    Returns the arguments and the given ones alone: what a resumed run must agree with.
+    """
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
+    given = {name: value for name, value in parsed.items() if value is not unset}
+    recipe = recipes[given.get("recipe", defaults["recipe"])]
+    return argparse.Namespace(**(defaults | recipe | given)), given
+
+
+# --- processes and devices --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all those that torchrun started; a single one without it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_world(device: str) -> World:
+    """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`..."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
+                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "cuda":
+            chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
+            torch.cuda.set_device(chosen)
+        torch.zeros(1, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
+    if "RANK" in os.environ:
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=10))
+    return World(rank, size, chosen)
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over all processes (itself where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from what identifies a random draw, such as (seed, epoch, index): equal parts, equal draws.
+
+    With every draw seeded by its own place in the run there is no generator state to save, to restore or to keep equal
+    across processes.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU random generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+    """bf16 autocast for `bf16`, none for `fp32`; `auto` is bf16 on CUDA cards that have it."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# --- optimisation -----------------------------------------------------------------------------------------------------
+
+
+def warmup_cosine(step: float, *, peak: float, total: float, warmup: float, final: float = 0.0) -> float:
+    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, then half a cosine down to `final` at `total`."""
+    if step < warmup:
+        return peak * step / warmup
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def ema_momentum(step: float, *, base: float, total: float) -> float:
+    """EMA momentum at `step`: half a cosine from `base` up to 1 at `total` (BYOL, DINO)."""
+    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: matrices decay; biases, norms, class, mask and position tokens do not."""
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_token = name.endswith(("cls_token", "mask_token", "pos_embed"))
+            (free if parameter.ndim < 2 or is_token else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
+    """Accuracy in [0, 1] of a vote among the `k` nearest bank features (n, D), weighted by exp(cosine / .07) as in DINO.
+
+    Features are first standardised with the bank's mean and deviation, so that a direction that all share says nothing.
+    """
+    mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
+    bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
+    similarity, neighbours = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
+    votes.scatter_add_(1, bank_labels[neighbours], (similarity / 0.07).exp())
+    return (votes.argmax(dim=1) == query_labels).float().mean().item()
+
+
+# --- files of a run ---------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write atomically: to a temporary file beside it, flushed to disk, then renamed. Raises UserError if it cannot.
+
+    `content` holds tensors, numbers, strings and containers of them only, so that it loads with `weights_only=True`.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); an earlier checkpoint there is unharmed") from None
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU without running anything that a pickle may hold. Raises UserError."""
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path} holds more than tensors and plain values, or is no checkpoint at all: not loaded") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def check_settings(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:
+    """Refuse to resume `saved` settings with other `wanted` ones; the error names each difference."""
+    differing = [name for name in wanted if wanted[name] != saved.get(name)]
+    if differing:
+        flags = ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} there, {wanted[n]} here" for n in differing)
+        raise UserError(f"{path} was made with other settings: {flags}. Use its settings, or another --out folder")
+
+
+class Log:
+    """metrics.jsonl in the run folder: one JSON object per epoch, appended and flushed."""
+
+    def __init__(self, folder: Path, epochs_done: int = 0):
+        """Keeps the first `epochs_done` epochs that are there already: an epoch that is redone is not logged twice."""
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_log(self.path) if row["epoch"] <= epochs_done] if epochs_done else []
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+    def write(self, row: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: Path) -> Iterable[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a last line that was cut off when the run was killed is passed over."""
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

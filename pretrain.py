@@ -1,0 +1,501 @@
+"""Pre-train a vision transformer with PCAE (panel a of the poster).
+
+    python pretrain.py                                              built-in data, any laptop, about five minutes
+    python pretrain.py --data FOLDER                                your images
+    torchrun --nproc-per-node 8 pretrain.py --data FOLDER --recipe imagenet        the paper's run
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+import data
+import engine
+from engine import UserError, World
+from model import MODELS, PCAE, ViT, spread
+from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
+
+MAX_SKIPPED_IN_A_ROW = 10
+COLLAPSED = 0.2  # spread of unit vectors below which more than 96 % of each is the direction that all share
+
+# What `--recipe` sets; flags that are given win.
+RECIPES: dict[str, dict[str, Any]] = {
+    "laptop": {},  # the defaults below
+    "imagenet": dict(
+        model="vit_base", image_size=[224], patch_size=16, min_crop=0.2, mask_ratio=0.75, drop_stages=3, drop_ratio=0.5,
+        decoder_depth=2, decoder_dim=512, decoder_heads=16, ema=0.9999, epochs=300, warmup_epochs=40, batch_size=4096,
+        blr=1.5e-4, weight_decay=0.05,
+    ),
+}  # fmt: skip
+
+# Flags that a resumed run may change: they leave the result as it is.
+FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume", "dry_run")
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add(flag: str, default: Any, text: str, **options: Any) -> None:
+        shown = "" if default is None or default is False else f" (default: {default})"
+        if isinstance(default, int | float) and not isinstance(default, bool):
+            options.setdefault("type", type(default))
+        group.add_argument(flag, default=default, help=text + shown, **options)
+
+    group = parser.add_argument_group("run")
+    add("--recipe", "laptop", "settings to start from; flags given win", choices=RECIPES)
+    add("--out", "runs/pretrain", "run folder: args.json, metrics.jsonl, last.pt", metavar="FOLDER")
+    add("--resume", None, "continue the run in --out, or from FILE, with its settings", nargs="?", const="", metavar="FILE")
+    add("--dry-run", False, "two steps of everything in a temporary folder, then exit", action="store_true")
+    add("--device", "auto", "cpu, cuda, mps, ...")
+    add("--precision", "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
+    add("--compile", False, "torch.compile the model: a slow start, faster steps", action="store_true")
+    add("--seed", 0, "of everything that is random")
+
+    group = parser.add_argument_group("data")
+    add("--data", "shapes", f"shapes, {', '.join(data.TORCHVISION_SETS)}, or a folder with image files at any depth")
+    add("--data-root", "data", "where torchvision's sets lie", metavar="FOLDER")
+    add("--download", False, "let torchvision download a set that is missing", action="store_true")
+    add("--limit", None, "use only N training images (default: all)", type=int, metavar="N")
+    add("--image-size", None, "pixels: one number or height and width (default: 32 for shapes, CIFAR; 96 for STL; "
+        "224 for a folder)", type=int, nargs="+", metavar="PIXELS")
+    add("--min-crop", None, "smallest share of an image that a random crop keeps; 1: whole images (default: .2; 1 for "
+        "shapes)", type=float)
+    add("--channels", 3, "3: colour, 1: grey", choices=(1, 3))
+    add("--workers", None, "processes that load data (default: none for shapes, else up to 8)", type=int)
+
+    group = parser.add_argument_group("model")
+    add("--model", "vit_mini", "encoder", choices=MODELS)
+    add("--patch-size", None, "pixels (default: 4 for shapes and CIFAR, 8 for STL, 16 for a folder)", type=int)
+    add("--dim", None, "encoder width (default: the model's)", type=int)
+    add("--depth", None, "encoder blocks (default: the model's)", type=int)
+    add("--heads", None, "attention heads (default: the model's)", type=int)
+    add("--drop-path", 0.0, "stochastic depth of the student")
+    add("--decoder-dim", 64, "decoder width")
+    add("--decoder-depth", 2, "decoder blocks")
+    add("--decoder-heads", 4, "decoder heads")
+
+    group = parser.add_argument_group("method")
+    add("--mask-ratio", 0.75, "share of the patches hidden from the student and shown to the teacher")
+    add("--drop-stages", 3, "how often the teacher drops tokens")
+    add("--drop-ratio", 0.5, "share of its tokens that each stage drops")
+    add("--drop-at", "start", "after the first block of each stage, the last, or the first blocks", choices=PLACEMENTS)
+    add("--drop-blocks", None, "drop after these blocks instead (0-based)", type=int, nargs="*", metavar="BLOCK")
+    add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
+    add("--ema", 0.999, "momentum of the teacher at the start; rises to 1")
+
+    group = parser.add_argument_group("optimisation")
+    add("--epochs", 30, "passes over the data")
+    add("--batch-size", 64, "images a step, over all processes")
+    add("--micro-batch", None, "images at once in one process; gradients accumulate (default: all)", type=int)
+    add("--blr", 8e-3, "learning rate per 256 images: lr = blr * batch size / 256")
+    add("--lr", None, "learning rate; overrides --blr", type=float)
+    add("--warmup-epochs", 3.0, "epochs of linear warm-up")
+    add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
+    add("--clip-grad", 1.0, "largest norm of the gradient")
+    add("--knn-every", None, "score features by nearest neighbours on labelled data before training and every N epochs; "
+        "0: never (default: 10 for shapes, else 0)", type=int, metavar="N")
+    return parser
+
+
+# --- settings ---------------------------------------------------------------------------------------------------------
+
+
+def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The arguments, complete and checked, and the checkpoint to resume from, if any. Raises UserError."""
+    args, chosen = engine.parse_arguments(arguments(), RECIPES, argv)
+    checkpoint = None
+    if args.resume is not None:
+        path = Path(args.resume or Path(args.out) / "last.pt")
+        checkpoint = engine.load_checkpoint(path)
+        if checkpoint.get("method") != "pcae":
+            raise UserError(f"{path} is not a checkpoint of pretrain.py")
+        saved = checkpoint["config"]
+        engine.check_settings(saved, {name: value for name, value in chosen.items() if name not in FREE}, path)
+        args = argparse.Namespace(**(vars(args) | saved | {"out": chosen.get("out", str(path.parent))}))
+    for name, value in data.defaults(args.data).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    check_values(args)
+    return args, checkpoint
+
+
+def check_values(args: argparse.Namespace) -> None:
+    """Raise UserError for a number that makes no sense. Sizes and ratios that must fit together the model checks."""
+    requirements = {
+        "epochs": (args.epochs >= 1, "at least 1"),
+        "batch_size": (args.batch_size >= 1, "at least 1"),
+        "micro_batch": (args.micro_batch is None or args.micro_batch >= 1, "at least 1"),
+        "warmup_epochs": (0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs), here [0, {args.epochs})"),
+        "blr": (args.blr > 0, "positive"),
+        "lr": (args.lr is None or args.lr > 0, "positive"),
+        "weight_decay": (args.weight_decay >= 0, "0 or more"),
+        "clip_grad": (args.clip_grad > 0, "positive"),
+        "ema": (0 <= args.ema <= 1, "in [0, 1]"),
+        "drop_path": (0 <= args.drop_path < 1, "in [0, 1)"),
+        "min_crop": (0 < args.min_crop <= 1, "in (0, 1]"),
+        "image_size": (len(args.image_size) <= 2, "one number, or height and width"),
+        "knn_every": (args.knn_every >= 0, "0 or more"),
+        "workers": (args.workers is None or args.workers >= 0, "0 or more"),
+    }
+    for name, (holds, need) in requirements.items():
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must be {need}, got {getattr(args, name)}")
+
+
+def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
+    """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world.size} processes")
+    share = args.batch_size // world.size
+    micro_batch = min(args.micro_batch or share, share)
+    if share % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch} does not divide the {share} images a process takes each step")
+    return micro_batch, share // micro_batch
+
+
+def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
+    """PCAE as the arguments say, its weights drawn from `--seed`, and the encoder's arguments to build it again."""
+    sizes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
+    height, width = args.image_size * 2 if len(args.image_size) == 1 else args.image_size
+    encoder = dict(image_size=(height, width), patch_size=args.patch_size, channels=args.channels, **MODELS[args.model] | sizes)
+    torch.manual_seed(engine.derive_seed(args.seed, "weights"))
+    try:
+        student = ViT(**encoder, drop_path=args.drop_path)
+        blocks = args.drop_blocks
+        if blocks is None:
+            blocks = drop_blocks(len(student.blocks), args.drop_stages, args.drop_at)
+        ptr = PTR(tuple(blocks), args.drop_ratio, args.criterion)
+        model = PCAE(
+            student,
+            mask_ratio=args.mask_ratio,
+            ptr=ptr,
+            decoder_dim=args.decoder_dim,
+            decoder_depth=args.decoder_depth,
+            decoder_heads=args.decoder_heads,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return model, encoder
+
+
+def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
+    """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
+    if args.resume is None and (out / "last.pt").exists():
+        numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
+        aside = next(folder for folder in numbers if not folder.exists())
+        out.rename(aside)
+        print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error})") from None
+    return out
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """The state of a run and its step. `model` is the bare PCAE; `runner` is what is called: wrapped by DDP, compiled."""
+
+    def __init__(self, args: argparse.Namespace, model: PCAE, loader: DataLoader, accumulate: int, world: World):
+        self.args, self.world, self.loader, self.accumulate = args, world, loader, accumulate
+        self.model = model.to(world.device)
+        self.normalize = data.Normalize(args.channels).to(world.device)
+        self.optimizer = torch.optim.AdamW(
+            engine.parameter_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
+        )
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.ddp = DistributedDataParallel(model) if world.size > 1 else None
+        self.runner = self.ddp or model
+        if args.compile:
+            self.runner = torch.compile(self.runner)
+        self.steps_per_epoch = len(loader) // accumulate
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.peak_lr = args.lr if args.lr is not None else args.blr * args.batch_size / 256
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.unreadable = data.Unreadable()
+
+    def backward(self, images: Tensor, noise: Tensor, last: bool) -> Tensor:
+        """Gradients of one micro-batch, added up; returns (loss, target spread, prediction spread), detached."""
+        wait = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+        with wait:
+            with engine.autocast(self.world.device, self.args.precision):
+                output = self.runner(self.normalize(images), noise.to(self.world.device))
+            (output.loss / self.accumulate).backward()
+        return torch.stack([output.loss.detach(), spread(output.target), spread(output.prediction)])
+
+    def train_step(self, batches: Iterator) -> dict[str, float]:
+        """One optimizer step on `accumulate` micro-batches, then the teacher's; skipped where something is not finite."""
+        args, rank, size = self.args, self.world.rank, self.world.size
+        lr = engine.warmup_cosine(
+            self.step, peak=self.peak_lr, total=self.total_steps, warmup=args.warmup_epochs * self.steps_per_epoch
+        )
+        momentum = engine.ema_momentum(self.step, base=args.ema, total=self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        # Drop path and the random criterion differ between processes; the split of image i is image i's in any number
+        # of them, hence drawn for the whole batch and dealt out as the sampler deals the images.
+        torch.manual_seed(engine.derive_seed(args.seed, "step", self.step, rank))
+        shape = args.batch_size, self.model.student.num_patches
+        noise = torch.rand(shape, generator=engine.generator(args.seed, "split", self.step))[rank::size]
+
+        stats, waited = torch.zeros(3, device=self.world.device), 0.0
+        for i, part in enumerate(noise.chunk(self.accumulate)):
+            start = time.perf_counter()
+            images, _, messages = next(batches)
+            waited += time.perf_counter() - start
+            self.unreadable.count(len(images), messages)
+            stats += self.backward(images, part, last=i == self.accumulate - 1) / self.accumulate
+
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, args.clip_grad)
+        # DDP has averaged the gradients and this the loss: all processes see, and decide, the same.
+        values = torch.cat([engine.mean_over_processes(stats), grad_norm[None]]).tolist()
+        loss, target_std, prediction_std, grad_norm = values
+        self.step += 1
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.optimizer.step()
+            self.model.update_teacher(momentum)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+            if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+                raise UserError(
+                    f"the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (step {self.step}): lower --blr or "
+                    "--lr, or use --precision fp32. The last checkpoint is from before"
+                )
+        self.optimizer.zero_grad()
+        return dict(loss=loss, lr=lr, ema=momentum, target_std=target_std, prediction_std=prediction_std,
+                    grad_norm=grad_norm, waited=waited)  # fmt: skip
+
+    def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
+        """`steps` steps of epoch number `epoch` (from 0); returns the row for metrics.jsonl."""
+        self.model.train()
+        self.loader.sampler.set_epoch(epoch)
+        batches, rows, start = iter(self.loader), [], time.perf_counter()
+        bar = tqdm(range(steps), f"epoch {epoch + 1}/{self.args.epochs}", leave=False, disable=not self.world.is_main)
+        for _ in bar:
+            rows.append(self.train_step(batches))
+            bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}")
+        seconds = time.perf_counter() - start
+        good = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
+        mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
+        return dict(
+            epoch=epoch + 1,
+            step=self.step,
+            loss=mean["loss"],
+            lr=rows[-1]["lr"],
+            ema=rows[-1]["ema"],
+            target_std=mean["target_std"],
+            prediction_std=mean["prediction_std"],
+            grad_norm=mean["grad_norm"],
+            skipped=self.skipped,
+            images_per_second=steps * self.args.batch_size / seconds,
+            data_wait=sum(row["waited"] for row in rows) / seconds,
+        )
+
+    def seconds_per_step(self) -> float:
+        """Time a few forward and backward passes on noise, without a step: what the run will take."""
+        size = self.args.batch_size // self.world.size // self.accumulate
+        channels, sides = self.args.channels, self.args.image_size
+        images = torch.randint(256, (size, channels, sides[0], sides[-1])).byte()
+        noise = torch.rand(size, self.model.student.num_patches)
+        for i in range(5):
+            if i == 2:  # the first ones are slow: allocation, compilation
+                start = time.perf_counter()
+            self.backward(images, noise, last=True)[0].item()
+            self.optimizer.zero_grad()
+        return (time.perf_counter() - start) / 3 * self.accumulate
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs. Random draws are seeded by step and image: there is no generator state."""
+        return dict(
+            student=self.model.student.state_dict(),
+            teacher=self.model.teacher.state_dict(),
+            decoder=self.model.decoder.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned. Raises UserError where it does not fit."""
+        try:
+            for part in ("student", "teacher", "decoder"):
+                getattr(self.model, part).load_state_dict(state[part])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.skipped = state["step"], state["skipped"]
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint does not fit this version of the model ({error})") from None
+
+
+class KNN:
+    """Scores an encoder's mean patch token on labelled images that it was not trained to classify."""
+
+    def __init__(self, args: argparse.Namespace, size: tuple[int, int], device: torch.device):
+        sets = data.labelled_images(args.data, Path(args.data_root), args.download, size)
+        view = data.CenterView(size, margin=8 / 7)  # 256 -> 224, as is usual
+        self.loaders = [data.evaluation_loader(data.Views(s, view, args.channels), 250, args.workers) for s in sets]
+        self.normalize = data.Normalize(args.channels).to(device)
+        self.device, self.precision = device, args.precision
+
+    @torch.no_grad()
+    def features(self, encoder: ViT, loader: DataLoader) -> tuple[Tensor, Tensor]:
+        """(n, D) features and (n,) labels."""
+        features, labels = [], []
+        for images, batch_labels, _ in loader:
+            with engine.autocast(self.device, self.precision):
+                tokens = encoder(self.normalize(images)).tokens
+            features.append(tokens[:, 1:].float().mean(dim=1))
+            labels.append(batch_labels.to(self.device))
+        return torch.cat(features), torch.cat(labels)
+
+    def __call__(self, encoder: ViT) -> float:
+        """Accuracy in [0, 1]."""
+        encoder.eval()
+        (bank, bank_labels), (queries, query_labels) = (self.features(encoder, loader) for loader in self.loaders)
+        return engine.knn_accuracy(bank, bank_labels, queries, query_labels)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def describe(args: argparse.Namespace, trainer: Trainer, images: Dataset, seconds: float) -> str:
+    """What is about to happen, and how long it will take."""
+    model, world = trainer.model, trainer.world
+    classes = getattr(images, "classes", ())
+    labels = f" of {len(classes)} classes ({', '.join(classes[:3])}, ...), labels not used" if classes else ""
+    parameters = sum(parameter.numel() for parameter in model.student.parameters()) / 1e6
+    visible = model.student.num_patches - model.token_counts[0]
+    micro_batch = args.batch_size // world.size // trainer.accumulate
+    rate = "--lr" if args.lr is not None else f"{args.blr:g} * {args.batch_size} / 256"
+    return "\n".join([
+        f"data    {args.data}: {len(images):,} images{labels}",
+        f"model   {args.model}: {parameters:.1f} M parameters, {model.student.num_patches} patches",
+        f"tokens  student: {visible} visible + class token; teacher: {' '.join(map(str, model.token_counts))}",
+        f"steps   {trainer.total_steps:,} of {args.batch_size} images = {world.size} process(es) x {trainer.accumulate} "
+        f"micro-batch(es) x {micro_batch}; peak learning rate {trainer.peak_lr:.3g} = {rate}",
+        f"time    about {duration(seconds)} on {world.device}",
+    ])  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def describe_epoch(row: dict[str, Any], epochs: int) -> str:
+    """One line of the row for metrics.jsonl, with a warning where the features collapse."""
+    def number(name: str) -> str:
+        return "none" if row[name] is None else f"{row[name]:.3f}"
+
+    text = (
+        f"epoch {row['epoch']:3d}/{epochs}  loss {number('loss')}  spread of targets {number('target_std')}, predictions "
+        f"{number('prediction_std')}  {row['images_per_second']:.0f} images/s"
+    )
+    if "knn" in row:
+        text += f"  knn {row['knn']:.1%}"
+    for name in ("target_std", "prediction_std"):
+        if row[name] is not None and row[name] < COLLAPSED:
+            text += (
+                f"\nwarning: {name} is {row[name]:.3f}: nearly all tokens point in one direction (collapse), and a low loss "
+                "means nothing. Raise --ema or lower --blr"
+            )
+    return text
+
+
+def summarise(out: Path, trainer: Trainer) -> str:
+    """One paragraph on how the run went, from its log."""
+    rows = list(engine.read_log(out / "metrics.jsonl"))
+    first, last = rows[0], rows[-1]
+    trained = [row for row in rows if row["epoch"] > 0]
+    text = (
+        f"{last['epoch']} epochs, {last['step']:,} steps. The loss went from {trained[0]['loss']:.3f} to "
+        f"{last['loss']:.3f}, the targets' spread from {trained[0]['target_std']:.2f} to {last['target_std']:.2f} "
+        "(1: all directions, 0: collapsed)."
+    )
+    scores = [row["knn"] for row in rows if "knn" in row]
+    if scores:
+        text += f" Nearest-neighbour accuracy of the frozen features: {scores[0]:.1%} at first, {scores[-1]:.1%} now."
+    if trainer.skipped:
+        text += f" {trainer.skipped} steps were skipped because their loss was not finite."
+    if trainer.unreadable.files:
+        text += f" {len(trainer.unreadable.files)} unreadable images were passed over."
+    return text
+
+
+def main(argv: list[str] | None = None) -> None:
+    args, checkpoint = read_settings(argv)
+    world = engine.start_world(args.device)
+    micro_batch, accumulate = batch_sizes(args, world)
+
+    # 1. Model, data, log: everything that can be wrong with the settings is found out here, before the first step.
+    model, encoder = build_model(args)
+    size = encoder["image_size"]
+    images = data.unlabelled_images(args.data, Path(args.data_root), args.download, args.limit, size)
+    if len(images) < args.batch_size:
+        raise UserError(f"{args.data} has {len(images)} images, less than one batch: lower --batch-size {args.batch_size}")
+    if args.workers is None:
+        args.workers = 0 if args.data == "shapes" else min(8, os.cpu_count() or 1)
+    views = data.Views(images, data.pretraining_view(size, args.min_crop), args.channels, args.seed)
+    loader = data.training_loader(views, micro_batch, args.workers, args.seed, world.rank, world.size)
+    knn = KNN(args, size, world.device) if args.knn_every and world.is_main else None
+    trainer = Trainer(args, model, loader, accumulate, world)
+
+    epoch = 0
+    if checkpoint is not None:
+        if checkpoint["num_images"] != len(images):
+            raise UserError(f"--data {args.data} has {len(images)} images; the run to resume had {checkpoint['num_images']}")
+        trainer.load_state(checkpoint)
+        epoch = checkpoint["epoch"]
+    seconds = trainer.seconds_per_step() * (trainer.total_steps - trainer.step)
+
+    with tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out) as folder:
+        if world.is_main:
+            out = prepare_folder(args, Path(folder))
+            log = engine.Log(out, epoch)
+            print(describe(args, trainer, images, seconds))
+            if knn and epoch == 0:
+                log.write(dict(epoch=0, step=0, knn=knn(model.student)))
+
+        # 2. Train.
+        last = epoch + 1 if args.dry_run else args.epochs
+        while epoch < last:
+            row = trainer.train_epoch(epoch, min(2, trainer.steps_per_epoch) if args.dry_run else trainer.steps_per_epoch)
+            epoch += 1
+            if not world.is_main:
+                continue
+            if knn and (epoch % args.knn_every == 0 or epoch == last):
+                row["knn"] = knn(model.student)
+            log.write(row)  # before the checkpoint: a run killed in between logs this epoch anew when resumed
+            config = {name: value for name, value in vars(args).items() if name not in FREE}
+            state = dict(method="pcae", config=config, encoder=encoder, num_images=len(images), epoch=epoch)
+            engine.save_checkpoint(out / "last.pt", state | trainer.state())
+            tqdm.write(describe_epoch(row, args.epochs))
+
+        # 3. Say how it went and what comes next.
+        if world.is_main:
+            print(summarise(out, trainer))
+
+
+if __name__ == "__main__":
+    engine.launch(main)

@@ -1,0 +1,193 @@
+"""The same numbers as the authors' code: every step of PCAE against a recording of it.
+
+The recording is a file made once by running the authors' release with a small model on four images: weights, inputs,
+the split's noise, scores and tokens kept at each stage, latents, prediction, loss, gradients, and the weights after
+one AdamW and EMA step. It is not part of this repository; `PCAE_PARITY` names it, and without it these tests skip.
+The order of tokens is free, so everything per token is compared in ascending order of patch ids.
+"""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model import PCAE, ViT, split_patches
+from ptr import PTR, drop_blocks, gather_tokens, num_kept, redundancy, select_tokens
+
+if not os.environ.get("PCAE_PARITY"):
+    pytest.skip("PCAE_PARITY does not name a recording", allow_module_level=True)
+
+RECORD = torch.load(os.environ["PCAE_PARITY"], weights_only=True)
+CASES = list(RECORD["cases"])
+IMAGES = RECORD["imgs"]
+
+
+def our_name(name):
+    """The authors' parameter name -> ours in PCAE."""
+    if name.startswith("decoder_"):
+        return "decoder." + name.removeprefix("decoder_")
+    return "decoder.mask_token" if name == "mask_token" else "student." + name
+
+
+def our_state(student, teacher):
+    return {our_name(k): v for k, v in student.items()} | {"teacher." + k: v for k, v in teacher.items()}
+
+
+def load(case):
+    """The case and its model, with the recorded weights."""
+    case = RECORD["cases"][case]
+    model = new_model(case)
+    model.load_state_dict(our_state(RECORD["student_state"], RECORD["teacher_state"]))
+    return case, model
+
+
+def new_model(case):
+    arch, cfg = RECORD["meta"]["arch"], case["cfg"]
+    student = ViT(
+        (arch["img_size"], arch["img_size"]),
+        arch["patch_size"],
+        dim=arch["embed_dim"],
+        depth=arch["depth"],
+        heads=arch["num_heads"],
+    )
+    return PCAE(
+        student,
+        mask_ratio=cfg["mask_ratio"],
+        ptr=PTR(drop_blocks(arch["depth"], cfg["drop_stage"]), 1 - cfg["keep_ratio"]),
+        decoder_dim=arch["decoder_embed_dim"],
+        decoder_depth=arch["decoder_depth"],
+        decoder_heads=arch["decoder_num_heads"],
+    )
+
+
+def assert_close(ours, theirs, atol=1e-5):
+    torch.testing.assert_close(ours, theirs, atol=atol, rtol=0)
+
+
+def by_patch(values, ids):
+    """Per-token values (B, n[, D]) in ascending order of their patch ids (B, n)."""
+    order = ids.argsort(dim=1)
+    return values.gather(1, order) if values.dim() == 2 else gather_tokens(values, order)
+
+
+def assert_same_tokens(ours, our_ids, theirs, their_ids):
+    assert torch.equal(our_ids.sort(dim=1).values, their_ids.sort(dim=1).values)
+    assert_close(by_patch(ours, our_ids), by_patch(theirs, their_ids))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_split(case):
+    case = RECORD["cases"][case]
+    visible, masked = split_patches(case["mask_noise"], case["cfg"]["mask_ratio"])
+    assert torch.equal(visible.sort(dim=1).values, case["student_ids_keep"].sort(dim=1).values)
+    assert torch.equal(masked.sort(dim=1).values, case["ids_remove"].sort(dim=1).values)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_schedule(case):
+    case, model = load(case)
+    assert list(model.ptr.blocks) == case["drop_indices"]
+    assert model.token_counts == case["teacher_token_counts"]
+
+
+def test_positions():
+    model = new_model(RECORD["cases"]["default"])
+    assert_close(model.student.pos_embed, RECORD["student_state"]["pos_embed"])
+    assert_close(model.decoder.pos_embed, RECORD["student_state"]["decoder_pos_embed"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_stages(case):
+    case, model = load(case)
+    stages = iter(zip(case["stage_scores"], case["stage_ids_keep"], strict=True))
+    _, ids = split_patches(case["mask_noise"], model.mask_ratio)
+    their_ids = case["ids_remove"]
+    x = model.teacher.embed(IMAGES, ids, class_token=False)
+    for i, block in enumerate(model.teacher.blocks):
+        x = block(x)
+        if i in model.ptr.blocks:
+            scores, kept_of_previous = next(stages)
+            assert_same_tokens(redundancy(x), ids, scores, their_ids)
+            kept = select_tokens(x, num_kept(x.shape[1], model.ptr.drop_ratio))
+            x, ids, their_ids = gather_tokens(x, kept), ids.gather(1, kept), their_ids.gather(1, kept_of_previous)
+            assert torch.equal(ids.sort(dim=1).values, their_ids.sort(dim=1).values)
+    assert next(stages, None) is None, "as many stages as recorded"
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_teacher(case):
+    case, model = load(case)
+    _, masked = split_patches(case["mask_noise"], model.mask_ratio)
+    latent, retained = model.teacher(IMAGES, masked, class_token=False, ptr=model.ptr)
+    assert_same_tokens(latent, retained, case["teacher_latent"], case["teacher_ids_keep"])
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_student_decoder_and_loss(case):
+    case, model = load(case)
+    seen = {}
+    model.student.register_forward_hook(lambda _, inputs, output: seen.update(student=output.tokens))
+    model.decoder.embed.register_forward_hook(lambda _, inputs, output: seen.update(embed=output))
+    model.decoder.blocks[-1].register_forward_hook(lambda _, inputs, output: seen.update(blocks=output))
+    out = model(IMAGES, case["mask_noise"])
+    their_visible, their_retained = case["student_ids_keep"], case["teacher_ids_keep"]
+
+    for ours, theirs in ((seen["student"], case["student_latent"]), (seen["embed"], case["decoder_embed"])):
+        assert_close(ours[:, 0], theirs[:, 0])  # the class token
+        assert_same_tokens(ours[:, 1:], out.visible, theirs[:, 1:], their_visible)
+
+    # class, visible, queried; ours normalises the queried ones only
+    cuts = [1, out.visible.shape[1], out.retained.shape[1]]
+    cls, visible, queried = model.decoder.norm(seen["blocks"]).split(cuts, dim=1)
+    their_cls, their_seen, their_queried = case["decoder_latent"].split(cuts, dim=1)
+    assert_close(cls, their_cls)
+    assert_same_tokens(visible, out.visible, their_seen, their_visible)
+    assert_same_tokens(queried, out.retained, their_queried, their_retained)
+
+    assert_same_tokens(out.prediction, out.retained, case["prediction"], their_retained)
+    # theirs divides by the unbiased variance; only the direction enters the loss
+    target, their_target = (F.normalize(t, dim=-1) for t in (out.target, case["target"]))
+    assert_same_tokens(target, out.retained, their_target, their_retained)
+    assert_close(out.loss, case["loss"])
+
+
+def test_gradients():
+    case, model = load("default")
+    model(IMAGES, case["mask_noise"]).loss.backward()
+    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    theirs = {our_name(name): grad for name, grad in case["grads"].items()}
+    assert ours.keys() == theirs.keys()
+    for name, grad in theirs.items():
+        assert_close(ours[name], grad, atol=1e-6)
+
+
+def test_one_step():
+    case, model = load("default")
+    step = RECORD["step"]
+    no_decay = {our_name(name) for name in step["no_decay"]}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert no_decay <= trained.keys()
+    groups = [
+        {"params": [p for name, p in trained.items() if name not in no_decay], "weight_decay": step["weight_decay"]},
+        {"params": [p for name, p in trained.items() if name in no_decay], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=step["lr"], betas=step["betas"], eps=step["eps"])
+    loss = model(IMAGES, case["mask_noise"]).loss
+    assert loss.item() == pytest.approx(step["loss"], abs=1e-5)
+    loss.backward()
+    optimizer.step()
+    model.update_teacher(step["momentum"])
+    ours, theirs = model.state_dict(), our_state(step["student_after"], step["teacher_after"])
+    assert ours.keys() == theirs.keys()
+    their_grads = {our_name(name): grad for name, grad in case["grads"].items()}
+    for name in theirs:
+        allowed = torch.tensor(1e-6)  # in 1e-5, weight decay (lr * decay = 3e-5 of a weight) could hide
+        if name in trained:
+            # Adam divides by |gradient| + eps: where a gradient is rounding noise, two of them step differently
+            grad, noise = trained[name].grad.abs(), (trained[name].grad - their_grads[name]).abs()
+            allowed = allowed + torch.where(grad < 1e-6, step["lr"] / step["eps"] * noise, 0.0)
+        assert ((ours[name] - theirs[name]).abs() <= allowed).all(), name
