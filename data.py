@@ -238,7 +238,7 @@ def defaults(name: str) -> dict[str, Any]:
 
 
 def unlabelled_images(name: str, root: Path, download: bool, limit: int | None, image_size: tuple[int, int]) -> Dataset:
-    """Training images for pre-training: `shapes`, a set of torchvision's, or a folder (of which `train/`, if it has one).
+    """Training images for pre-training: `shapes`, a set of torchvision's, or a folder (its `train/`, if it has one).
 
     `limit` keeps that many: the first of `shapes`, a random but fixed choice of others. Raises UserError.
     """
@@ -264,7 +264,7 @@ def labelled_images(name: str, root: Path, download: bool, image_size: tuple[int
         try:
             train, val = (ImageFolder(Path(name) / split, loader=read_image) for split in ("train", "val"))
         except FileNotFoundError as error:
-            raise UserError(f"--knn-every needs labels: {name}/train and {name}/val with class folders ({error})") from None
+            raise UserError(f"--knn-every needs class folders in {name}/train and {name}/val ({error})") from None
         if train.classes != val.classes:
             raise UserError(f"--knn-every: {name}/train and {name}/val hold different class folders")
     return at_most(train, 5000), at_most(val, 2000)
@@ -279,11 +279,11 @@ def torchvision_set(name: str, split: str, root: Path, download: bool) -> Datase
         cifar = torchvision.datasets.CIFAR10 if name == "cifar10" else torchvision.datasets.CIFAR100
         return cifar(root, train=split == "train", transform=to_tensor, download=download)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"--data {name}: not found whole in --data-root {root} ({error}); --download fetches it") from None
+        raise UserError(f"--data {name} is not whole in --data-root {root} (--download fetches it): {error}") from None
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
-    """A random but fixed choice of `limit` images: folders are sorted by class, so the first ones would be all alike."""
+    """A random but fixed choice of `limit` images: in a sorted folder the first ones would be all of one class."""
     if limit is None or limit >= len(images):
         return images
     return Subset(images, torch.randperm(len(images), generator=generator("limit"))[:limit].tolist())
@@ -304,7 +304,8 @@ class CenterView:
             return image
         scale = self.margin * max(self.size[0] / height, self.size[1] / width)
         covering = [max(side, round(scale * old)) for side, old in zip(self.size, (height, width), strict=True)]
-        return tvf.center_crop(tvf.resize(image, covering, v2.InterpolationMode.BICUBIC, antialias=True), list(self.size))
+        image = tvf.resize(image, covering, v2.InterpolationMode.BICUBIC, antialias=True)
+        return tvf.center_crop(image, list(self.size))
 
 
 def pretraining_view(size: tuple[int, int], min_crop: float) -> Callable[[Tensor], Tensor]:
@@ -361,7 +362,7 @@ class Unreadable:
                 self.files.add(message)
                 tqdm.write(f"skipped an unreadable image: {message}")
         if self.failures > max(8, 0.25 * self.seen):
-            raise UserError(f"{self.failures} of {self.seen} images could not be read, the last is {messages[-1]}: check --data")
+            raise UserError(f"--data: {self.failures} of {self.seen} images are unreadable, such as {messages[-1]}")
 
 
 class EpochSampler(DistributedSampler):
@@ -377,12 +378,12 @@ def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tenso
     return views, labels, [message for sample in samples for message in sample[2]]
 
 
-def training_loader(views: Views, batch_size: int, workers: int, seed: int, rank: int, num_processes: int) -> DataLoader:
+def training_loader(views: Views, batch_size: int, workers: int, rank: int = 0, num_processes: int = 1) -> DataLoader:
     """Shuffled batches of one process; call `loader.sampler.set_epoch` before each epoch.
 
     Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
     """
-    sampler = EpochSampler(views, num_processes, rank, shuffle=True, seed=seed, drop_last=True)
+    sampler = EpochSampler(views, num_processes, rank, shuffle=True, seed=views.seed, drop_last=True)
     return DataLoader(
         views,
         batch_size,

@@ -1,4 +1,4 @@
-"""What a run needs that is not the method: processes, seeds, precision, schedules, optimizer groups, checkpoints, logs."""
+"""What a run needs that is not the method: command line, processes, seeds, schedules, optimizer, checkpoints, logs."""
 
 import argparse
 import hashlib
@@ -9,12 +9,12 @@ import pickle
 import signal
 import sys
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -78,8 +78,7 @@ class World:
 
 def start_world(device: str) -> World:
     """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`..."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in
-                              (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
@@ -94,7 +93,7 @@ def start_world(device: str) -> World:
     if "RANK" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return World(rank, size, chosen)
+    return World(rank, max(size, 1), chosen)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -156,9 +155,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
-    """Accuracy in [0, 1] of a vote among the `k` nearest bank features (n, D), weighted by exp(cosine / .07) as in DINO.
+    """Accuracy in [0, 1] of a vote among the `k` nearest bank features (n, D), weighted by exp(cosine / .07) as DINO's.
 
-    Features are first standardised with the bank's mean and deviation, so that a direction that all share says nothing.
+    Features are first standardised with the bank's mean and deviation, so that what all share says nothing.
     """
     mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
     bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
@@ -171,21 +170,32 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
 # --- files of a run ---------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write atomically: to a temporary file beside it, flushed to disk, then renamed. Raises UserError if it cannot.
+def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole or not at all: to a temporary one beside it, flushed to disk, then renamed.
 
-    `content` holds tensors, numbers, strings and containers of them only, so that it loads with `weights_only=True`.
+    Raises UserError where the disk is full or the folder not writable; what was there before is unharmed.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); an earlier checkpoint there is unharmed") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"cannot write {path} ({reason}); an earlier version of it is unharmed") from None
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them, nothing else: it must load with `weights_only=True`."""
+    replace_file(path, lambda file: torch.save(content, file))
+
+
+def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
+    """metrics.jsonl: one JSON object per epoch."""
+    replace_file(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -195,7 +205,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
-        raise UserError(f"{path} holds more than tensors and plain values, or is no checkpoint at all: not loaded") from None
+        raise UserError(f"{path} is not loaded: it is no checkpoint, or holds more than tensors and values") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
     if not isinstance(content, dict):
@@ -209,27 +219,3 @@ def check_settings(saved: dict[str, Any], wanted: dict[str, Any], path: Path) ->
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} there, {wanted[n]} here" for n in differing)
         raise UserError(f"{path} was made with other settings: {flags}. Use its settings, or another --out folder")
-
-
-class Log:
-    """metrics.jsonl in the run folder: one JSON object per epoch, appended and flushed."""
-
-    def __init__(self, folder: Path, epochs_done: int = 0):
-        """Keeps the first `epochs_done` epochs that are there already: an epoch that is redone is not logged twice."""
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_log(self.path) if row["epoch"] <= epochs_done] if epochs_done else []
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
-
-    def write(self, row: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(row) + "\n")
-
-
-def read_log(path: Path) -> Iterable[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line that was cut off when the run was killed is passed over."""
-    if path.is_file():
-        for line in path.read_text().splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue

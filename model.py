@@ -1,4 +1,4 @@
-"""The networks of PCAE (panels a and b of the poster): ViT encoder, light decoder, and `PCAE`, which ties them together.
+"""The networks of PCAE (panels a and b of the poster): ViT encoder, light decoder, and `PCAE`, which ties them up.
 
 Read `PCAE` at the end first: its `forward` is the method. Shapes: B images, N patches, n tokens of a sequence, D width.
 Encoder parameters carry timm's names, so public ViT weights load without a mapping and ours load into timm.
@@ -66,7 +66,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), ids (B, n) or None for all -> (B, n, D). Gathering first saves the work on all other patches."""
+        """(B, C, H, W), ids (B, n) or None for all -> (B, n, D). Gathering first saves the work on the others."""
         p = self.patch_size
         patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
         if patch_ids is not None:
@@ -171,7 +171,7 @@ class ViT(nn.Module):
     def forward(
         self, images: Tensor, patch_ids: Tensor | None = None, *, class_token: bool = True, ptr: PTR | None = None
     ) -> Encoded:
-        """Encode the patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
+        """Encode patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
         if patch_ids is None:
             patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         x = self.embed(images, patch_ids, class_token)
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
-        """Student tokens (B, 1 + V, D) at patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried` (B, Q)."""
+        """Tokens (B, 1 + V, D) of class and patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried`."""
         cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
         masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
@@ -307,8 +307,9 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 @torch.no_grad()
 def spread(tokens: Tensor) -> Tensor:
-    """How far tokens (B, R, D) point in different directions: std of the unit vectors, times sqrt(D). 1 is evenly, 0 all
-    in one direction, which is what a collapsed teacher or predictor looks like.
+    """How much tokens (B, R, D) differ in direction: std of their unit vectors over tokens, times sqrt(D).
+
+    About 1: all directions. 0: a single one, which is what a collapsed teacher or predictor looks like.
     """
     unit = F.normalize(tokens.float(), dim=-1).flatten(0, 1)
     return unit.std(dim=0, correction=0).mean() * math.sqrt(tokens.shape[-1])

@@ -58,7 +58,7 @@ def arguments() -> argparse.ArgumentParser:
     group = parser.add_argument_group("run")
     add("--recipe", "laptop", "settings to start from; flags given win", choices=RECIPES)
     add("--out", "runs/pretrain", "run folder: args.json, metrics.jsonl, last.pt", metavar="FOLDER")
-    add("--resume", None, "continue the run in --out, or from FILE, with its settings", nargs="?", const="", metavar="FILE")
+    add("--resume", None, "continue the run in --out, or FILE, with its settings", nargs="?", const="", metavar="FILE")
     add("--dry-run", False, "two steps of everything in a temporary folder, then exit", action="store_true")
     add("--device", "auto", "cpu, cuda, mps, ...")
     add("--precision", "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
@@ -106,8 +106,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--warmup-epochs", 3.0, "epochs of linear warm-up")
     add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
     add("--clip-grad", 1.0, "largest norm of the gradient")
-    add("--knn-every", None, "score features by nearest neighbours on labelled data before training and every N epochs; "
-        "0: never (default: 10 for shapes, else 0)", type=int, metavar="N")
+    add("--knn-every", None, "score the features by nearest neighbours on labelled images at the start and every N "
+        "epochs; 0: never (default: 10 for shapes, else 0)", type=int, metavar="N")
     return parser
 
 
@@ -129,6 +129,8 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
     for name, value in data.defaults(args.data).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.workers is None:
+        args.workers = 0 if args.data == "shapes" else min(8, os.cpu_count() or 1)
     check_values(args)
     return args, checkpoint
 
@@ -171,7 +173,8 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
     """PCAE as the arguments say, its weights drawn from `--seed`, and the encoder's arguments to build it again."""
     sizes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
     height, width = args.image_size * 2 if len(args.image_size) == 1 else args.image_size
-    encoder = dict(image_size=(height, width), patch_size=args.patch_size, channels=args.channels, **MODELS[args.model] | sizes)
+    encoder = dict(image_size=(height, width), patch_size=args.patch_size, channels=args.channels)
+    encoder |= MODELS[args.model] | sizes
     torch.manual_seed(engine.derive_seed(args.seed, "weights"))
     try:
         student = ViT(**encoder, drop_path=args.drop_path)
@@ -211,7 +214,7 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
 
 
 class Trainer:
-    """The state of a run and its step. `model` is the bare PCAE; `runner` is what is called: wrapped by DDP, compiled."""
+    """The state of a run, and its step. `model` is the bare PCAE; `runner` is what is called: under DDP, compiled."""
 
     def __init__(self, args: argparse.Namespace, model: PCAE, loader: DataLoader, accumulate: int, world: World):
         self.args, self.world, self.loader, self.accumulate = args, world, loader, accumulate
@@ -241,7 +244,7 @@ class Trainer:
         return torch.stack([output.loss.detach(), spread(output.target), spread(output.prediction)])
 
     def train_step(self, batches: Iterator) -> dict[str, float]:
-        """One optimizer step on `accumulate` micro-batches, then the teacher's; skipped where something is not finite."""
+        """One optimizer step on `accumulate` micro-batches, then the teacher's; skipped if anything is not finite."""
         args, rank, size = self.args, self.world.rank, self.world.size
         lr = engine.warmup_cosine(
             self.step, peak=self.peak_lr, total=self.total_steps, warmup=args.warmup_epochs * self.steps_per_epoch
@@ -378,8 +381,14 @@ class KNN:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def describe(args: argparse.Namespace, trainer: Trainer, images: Dataset, seconds: float) -> str:
-    """What is about to happen, and how long it will take."""
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def describe_run(args: argparse.Namespace, trainer: Trainer, images: Dataset) -> str:
+    """What is about to happen, and how long it will take here."""
     model, world = trainer.model, trainer.world
     classes = getattr(images, "classes", ())
     labels = f" of {len(classes)} classes ({', '.join(classes[:3])}, ...), labels not used" if classes else ""
@@ -387,57 +396,52 @@ def describe(args: argparse.Namespace, trainer: Trainer, images: Dataset, second
     visible = model.student.num_patches - model.token_counts[0]
     micro_batch = args.batch_size // world.size // trainer.accumulate
     rate = "--lr" if args.lr is not None else f"{args.blr:g} * {args.batch_size} / 256"
+    seconds = trainer.seconds_per_step() * (trainer.total_steps - trainer.step)
     return "\n".join([
         f"data    {args.data}: {len(images):,} images{labels}",
         f"model   {args.model}: {parameters:.1f} M parameters, {model.student.num_patches} patches",
         f"tokens  student: {visible} visible + class token; teacher: {' '.join(map(str, model.token_counts))}",
-        f"steps   {trainer.total_steps:,} of {args.batch_size} images = {world.size} process(es) x {trainer.accumulate} "
-        f"micro-batch(es) x {micro_batch}; peak learning rate {trainer.peak_lr:.3g} = {rate}",
+        f"steps   {trainer.total_steps:,}, each {args.batch_size} images = {world.size} process(es) x "
+        f"{trainer.accumulate} micro-batch(es) x {micro_batch}; peak learning rate {trainer.peak_lr:.3g} = {rate}",
         f"time    about {duration(seconds)} on {world.device}",
     ])  # fmt: skip
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
-def describe_epoch(row: dict[str, Any], epochs: int) -> str:
-    """One line of the row for metrics.jsonl, with a warning where the features collapse."""
-    def number(name: str) -> str:
-        return "none" if row[name] is None else f"{row[name]:.3f}"
-
+def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
+    """One line of the row for metrics.jsonl, and a warning where the features collapse."""
+    if row["loss"] is None:
+        return f"epoch {row['epoch']}/{args.epochs}  every step was skipped: no loss was finite"
     text = (
-        f"epoch {row['epoch']:3d}/{epochs}  loss {number('loss')}  spread of targets {number('target_std')}, predictions "
-        f"{number('prediction_std')}  {row['images_per_second']:.0f} images/s"
+        f"epoch {row['epoch']}/{args.epochs}  loss {row['loss']:.3f}  spread of targets {row['target_std']:.2f}, of "
+        f"predictions {row['prediction_std']:.2f}  {row['images_per_second']:.0f} images/s"
     )
     if "knn" in row:
         text += f"  knn {row['knn']:.1%}"
-    for name in ("target_std", "prediction_std"):
-        if row[name] is not None and row[name] < COLLAPSED:
+    # Predictions begin all alike; later it means that nothing is learnt.
+    watched = ("target_std", "prediction_std") if row["epoch"] > args.warmup_epochs else ("target_std",)
+    for name in watched:
+        if row[name] < COLLAPSED:
             text += (
-                f"\nwarning: {name} is {row[name]:.3f}: nearly all tokens point in one direction (collapse), and a low loss "
-                "means nothing. Raise --ema or lower --blr"
+                f"\nwarning: {name} is {row[name]:.2f}: nearly all tokens point in one direction (collapse), so a low "
+                "loss means nothing. Raise --ema or lower --blr"
             )
     return text
 
 
-def summarise(out: Path, trainer: Trainer) -> str:
-    """One paragraph on how the run went, from its log."""
-    rows = list(engine.read_log(out / "metrics.jsonl"))
-    first, last = rows[0], rows[-1]
-    trained = [row for row in rows if row["epoch"] > 0]
-    text = (
-        f"{last['epoch']} epochs, {last['step']:,} steps. The loss went from {trained[0]['loss']:.3f} to "
-        f"{last['loss']:.3f}, the targets' spread from {trained[0]['target_std']:.2f} to {last['target_std']:.2f} "
-        "(1: all directions, 0: collapsed)."
-    )
-    scores = [row["knn"] for row in rows if "knn" in row]
+def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
+    """One paragraph on how the run went."""
+    trained = [row for row in history if row.get("loss") is not None]
+    text = f"{history[-1]['epoch']} epochs, {history[-1]['step']:,} steps."
+    if trained:
+        text += (
+            f" The loss went from {trained[0]['loss']:.3f} to {trained[-1]['loss']:.3f}, the spread of targets from "
+            f"{trained[0]['target_std']:.2f} to {trained[-1]['target_std']:.2f} (1: all directions, 0: collapsed)."
+        )
+    scores = [row["knn"] for row in history if "knn" in row]
     if scores:
-        text += f" Nearest-neighbour accuracy of the frozen features: {scores[0]:.1%} at first, {scores[-1]:.1%} now."
+        text += f" Nearest neighbours in the frozen features are right for {scores[-1]:.1%}, at first {scores[0]:.1%}."
     if trainer.skipped:
-        text += f" {trainer.skipped} steps were skipped because their loss was not finite."
+        text += f" {trainer.skipped} steps were skipped because something was not finite."
     if trainer.unreadable.files:
         text += f" {len(trainer.unreadable.files)} unreadable images were passed over."
     return text
@@ -446,55 +450,54 @@ def summarise(out: Path, trainer: Trainer) -> str:
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
-    micro_batch, accumulate = batch_sizes(args, world)
 
-    # 1. Model, data, log: everything that can be wrong with the settings is found out here, before the first step.
+    # 1. Model and data. Whatever is wrong with the settings is found out here, before the first step.
+    micro_batch, accumulate = batch_sizes(args, world)
     model, encoder = build_model(args)
     size = encoder["image_size"]
     images = data.unlabelled_images(args.data, Path(args.data_root), args.download, args.limit, size)
     if len(images) < args.batch_size:
-        raise UserError(f"{args.data} has {len(images)} images, less than one batch: lower --batch-size {args.batch_size}")
-    if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else min(8, os.cpu_count() or 1)
+        raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data {args.data}")
     views = data.Views(images, data.pretraining_view(size, args.min_crop), args.channels, args.seed)
-    loader = data.training_loader(views, micro_batch, args.workers, args.seed, world.rank, world.size)
+    loader = data.training_loader(views, micro_batch, args.workers, world.rank, world.size)
     knn = KNN(args, size, world.device) if args.knn_every and world.is_main else None
     trainer = Trainer(args, model, loader, accumulate, world)
 
-    epoch = 0
+    # 2. Where the run stands.
+    epoch, history = 0, []
     if checkpoint is not None:
         if checkpoint["num_images"] != len(images):
-            raise UserError(f"--data {args.data} has {len(images)} images; the run to resume had {checkpoint['num_images']}")
+            raise UserError(f"--data has {len(images)} images here, {checkpoint['num_images']} in the run to resume")
         trainer.load_state(checkpoint)
-        epoch = checkpoint["epoch"]
-    seconds = trainer.seconds_per_step() * (trainer.total_steps - trainer.step)
+        epoch, history = checkpoint["epoch"], checkpoint["history"]
+    announcement = describe_run(args, trainer, images)
 
     with tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out) as folder:
         if world.is_main:
             out = prepare_folder(args, Path(folder))
-            log = engine.Log(out, epoch)
-            print(describe(args, trainer, images, seconds))
-            if knn and epoch == 0:
-                log.write(dict(epoch=0, step=0, knn=knn(model.student)))
+            print(announcement)
+            if knn and not history:
+                history.append(dict(epoch=0, step=0, knn=knn(model.student)))
 
-        # 2. Train.
-        last = epoch + 1 if args.dry_run else args.epochs
+        # 3. Train. The log is written before the checkpoint, and anew from the checkpoint when a run is resumed.
+        steps, last = (2, epoch + 1) if args.dry_run else (trainer.steps_per_epoch, args.epochs)
         while epoch < last:
-            row = trainer.train_epoch(epoch, min(2, trainer.steps_per_epoch) if args.dry_run else trainer.steps_per_epoch)
+            row = trainer.train_epoch(epoch, steps)
             epoch += 1
-            if not world.is_main:
-                continue
-            if knn and (epoch % args.knn_every == 0 or epoch == last):
-                row["knn"] = knn(model.student)
-            log.write(row)  # before the checkpoint: a run killed in between logs this epoch anew when resumed
-            config = {name: value for name, value in vars(args).items() if name not in FREE}
-            state = dict(method="pcae", config=config, encoder=encoder, num_images=len(images), epoch=epoch)
-            engine.save_checkpoint(out / "last.pt", state | trainer.state())
-            tqdm.write(describe_epoch(row, args.epochs))
+            if world.is_main:
+                if knn and (epoch % args.knn_every == 0 or epoch == last):
+                    row["knn"] = knn(model.student)
+                history.append(row)
+                engine.write_log(out / "metrics.jsonl", history)
+                config = {name: value for name, value in vars(args).items() if name not in FREE}
+                run = dict(method="pcae", config=config, encoder=encoder, num_images=len(images), epoch=epoch)
+                engine.save_checkpoint(out / "last.pt", run | dict(history=history) | trainer.state())
+                tqdm.write(describe_epoch(row, args))
 
-        # 3. Say how it went and what comes next.
+        # 4. Say how it went.
         if world.is_main:
-            print(summarise(out, trainer))
+            print(summarise(history, trainer))
+            print("That was a dry run: nothing was kept." if args.dry_run else f"The student is in {out / 'last.pt'}.")
 
 
 if __name__ == "__main__":

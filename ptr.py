@@ -25,7 +25,7 @@ PLACEMENTS = ("start", "late", "front")
 
 @dataclass(frozen=True)
 class PTR:
-    """Where and how much to drop: `drop_ratio` of the tokens after each of `blocks` (0-based). The default is no PTR."""
+    """Where and how much to drop: `drop_ratio` of the tokens after each of `blocks` (0-based). By default nothing."""
 
     blocks: tuple[int, ...] = ()
     drop_ratio: float = 0.0

@@ -179,14 +179,15 @@ def test_encoder_equals_torchvisions(size):
     assert torch.equal(patch_ids, ids)
 
 
+@pytest.mark.parametrize("criterion", ["similarity", "reverse"])
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("blocks", [(0, 2, 3), (1,), (0, 1, 2, 3)])
 @torch.no_grad()
-def test_encoder_with_ptr_equals_a_plain_loop(blocks, class_token):
+def test_encoder_with_ptr_equals_a_plain_loop(blocks, class_token, criterion):
     torch.manual_seed(0)
     vit = randomize(small_vit())
     images, ids = random_images(), random_ids(3, 40)
-    tokens, patch_ids = vit(images, ids, class_token=class_token, ptr=PTR(blocks, 0.3))
+    tokens, patch_ids = vit(images, ids, class_token=class_token, ptr=PTR(blocks, 0.3, criterion))
     for image in range(3):  # one image at a time, one token at a time
         left = ids[image].tolist()
         x = vit.patch_embed.proj(images[image]).flatten(1).mT[left] + vit.pos_embed[0, [1 + i for i in left]]
@@ -197,13 +198,20 @@ def test_encoder_with_ptr_equals_a_plain_loop(blocks, class_token):
             x = block(x[None])[0]
             if i in blocks:
                 patches = x[prefix:]
-                cosines = [[F.cosine_similarity(a, b, dim=0).item() for b in patches] for a in patches]
+                cosines = [F.cosine_similarity(token, patches, dim=1).tolist() for token in patches]
                 redundancy = [sum(row) / len(row) for row in cosines]
-                order = sorted(range(len(left)), key=redundancy.__getitem__)
-                keep = sorted(order[: int(len(left) * 0.7 + 1e-9)])  # the least redundant
+                order = sorted(range(len(left)), key=redundancy.__getitem__, reverse=criterion == "reverse")
+                keep = sorted(order[: int(len(left) * 0.7 + 1e-9)])
                 left, x = [left[j] for j in keep], torch.cat([x[:prefix], patches[keep]])
         assert patch_ids[image].tolist() == left
         torch.testing.assert_close(tokens[image], vit.norm(x), atol=2e-5, rtol=0)
+
+
+def test_encoder_drops_at_random_when_asked():
+    vit, images = small_vit(), random_images()
+    draws = [vit(images, ptr=PTR((0, 2), 0.5, "random")).patch_ids for _ in range(2)]
+    assert draws[0].shape == draws[1].shape == (3, 15)
+    assert not torch.equal(*draws)
 
 
 def test_state_dict_has_timms_names():
