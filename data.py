@@ -173,8 +173,8 @@ class Shapes(Dataset):
     classes = tuple(shape.__name__ for shape in SHAPES)
 
     def __init__(self, split: str, length: int, image_size: tuple[int, int]):
-        if length < 1:
-            raise UserError(f"--limit {length} leaves no image")
+        if not 0 < length <= 1_000_000:
+            raise UserError(f"--limit {length} must be between 1 and a million shapes: they are kept in memory")
         chunks = [range(i, min(i + 500, length)) for i in range(0, length, 500)]
         drawn = [draw_shapes(split, chunk, image_size) for chunk in chunks]
         self.images = torch.cat([images for images, _, _ in drawn])
@@ -200,7 +200,7 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
     y, x = (torch.linspace(-1 + 1 / n, 1 - 1 / n, n) * n / min(image_size) for n in image_size)
     x, y = x[None, None, :], y[None, :, None]
 
-    radius = 0.45 + 0.4 * size
+    radius = 0.6 + 0.3 * size
     right, down = x - (2 * left - 1) * (aspect[0] - radius), y - (2 * top - 1) * (aspect[1] - radius)
     angle = math.radians(15) * (2 * tilt - 1)
     u = (angle.cos() * right + angle.sin() * down) / radius
@@ -212,12 +212,12 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
     coverage = (0.5 - distance * radius * min(image_size) / 2).clamp(0, 1)  # a one-pixel soft edge
 
     def paint(darkest: float, brightest: float, hue: Tensor, stripe: Tensor) -> Tensor:
-        direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.1 * stripe[:, 2]
+        direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.06 * stripe[:, 2]
         wave = strength * torch.sin(frequency * (direction.cos() * x + direction.sin() * y))
         return (darkest + (brightest - darkest) * hue)[:, :, None, None] + wave[:, None]
 
-    ground = paint(0.0, 0.4, hues[:, :3], stripes[:, :3])
-    thing = paint(0.6, 1.0, hues[:, 3:], stripes[:, 3:])
+    ground = paint(0.1, 0.3, hues[:, :3], stripes[:, :3])
+    thing = paint(0.7, 0.9, hues[:, 3:], stripes[:, 3:])
     images = torch.lerp(ground, thing, coverage[:, None])
     return (images.clamp(0, 1) * 255).round().byte(), labels, coverage
 

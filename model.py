@@ -18,7 +18,7 @@ from ptr import PTR, drop_tokens, gather_tokens, num_kept, token_counts
 
 # vit_mini is ours, for laptops; the others are the usual sizes. vit_huge is meant for patches of 14 pixels.
 MODELS = {
-    "vit_mini": dict(dim=128, depth=6, heads=4),
+    "vit_mini": dict(dim=64, depth=4, heads=4),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
     "vit_small": dict(dim=384, depth=12, heads=6),
     "vit_base": dict(dim=768, depth=12, heads=12),
@@ -48,7 +48,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     position / 10000^(k / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, got {dim}")
+        raise ValueError(f"width {dim} (--dim, --decoder-dim) is not a multiple of 4, as sine-cosine positions need")
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -114,7 +114,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """MAE's initialisation: Xavier-uniform projections (a patch convolution counts as one), zero biases."""
+    """As in MAE: Xavier-uniform projections, of which the patch convolution is one; all biases zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         nn.init.zeros_(module.bias)
@@ -146,15 +146,16 @@ class ViT(nn.Module):
         drop_path: float = 0.0,
     ):
         super().__init__()
-        if heads < 1 or dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"width {dim} (--dim) is not a multiple of the number of heads {heads} (--heads)")
+        self.image_size = tuple(image_size)
         self.grid = grid_size(image_size, patch_size)
         self.num_patches = math.prod(self.grid)
         self.dim = dim
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(dim, self.grid), requires_grad=False)
-        rates = torch.linspace(0, drop_path, depth).tolist()  # deeper blocks are skipped more often
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are skipped more often
         self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
@@ -162,6 +163,8 @@ class ViT(nn.Module):
 
     def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
         """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels given to a ViT made for {self.image_size}")
         x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]
         if class_token:
             cls = self.cls_token + self.pos_embed[:, :1]
@@ -191,7 +194,7 @@ class Decoder(nn.Module):
 
     def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
         super().__init__()
-        if heads < 1 or dim % heads:
+        if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(
                 f"decoder width {dim} (--decoder-dim) is not a multiple of its heads {heads} (--decoder-heads)"
             )
@@ -248,11 +251,11 @@ class PCAE(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.ptr = ptr if ptr is not None else PTR()
-        num_visible = num_kept(student.num_patches, mask_ratio)
-        if not 0 <= mask_ratio < 1 or not 0 < num_visible < student.num_patches:
+        num_visible = num_kept(student.num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
+        if not 0 < num_visible < student.num_patches:
             raise ValueError(
-                f"mask ratio {mask_ratio:g} (--mask-ratio) leaves {num_visible} of {student.num_patches} patches "
-                "visible: it must be in [0, 1), with at least one patch visible and one masked"
+                f"mask ratio {mask_ratio:g} (--mask-ratio) must be in [0, 1) and leave at least one of the "
+                f"{student.num_patches} patches visible and one masked"
             )
         self.token_counts = token_counts(student.num_patches - num_visible, len(student.blocks), self.ptr)
         self.student = student
@@ -266,7 +269,10 @@ class PCAE(nn.Module):
         return self
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> PCAEOutput:
-        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; default: drawn uniformly."""
+        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; by default it is drawn uniformly.
+
+        The same noise gives the same result, unless drop path or the `random` criterion draw from torch's generator.
+        """
         if noise is None:
             noise = torch.rand(len(images), self.student.num_patches, device=images.device)
         visible, masked = split_patches(noise, self.mask_ratio)

@@ -137,23 +137,25 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
 
 def check_values(args: argparse.Namespace) -> None:
     """Raise UserError for a number that makes no sense. Sizes and ratios that must fit together the model checks."""
-    requirements = {
-        "epochs": (args.epochs >= 1, "at least 1"),
-        "batch_size": (args.batch_size >= 1, "at least 1"),
-        "micro_batch": (args.micro_batch is None or args.micro_batch >= 1, "at least 1"),
-        "warmup_epochs": (0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs), here [0, {args.epochs})"),
-        "blr": (args.blr > 0, "positive"),
-        "lr": (args.lr is None or args.lr > 0, "positive"),
-        "weight_decay": (args.weight_decay >= 0, "0 or more"),
-        "clip_grad": (args.clip_grad > 0, "positive"),
-        "ema": (0 <= args.ema <= 1, "in [0, 1]"),
-        "drop_path": (0 <= args.drop_path < 1, "in [0, 1)"),
-        "min_crop": (0 < args.min_crop <= 1, "in (0, 1]"),
-        "image_size": (len(args.image_size) <= 2, "one number, or height and width"),
-        "knn_every": (args.knn_every >= 0, "0 or more"),
-        "workers": (args.workers is None or args.workers >= 0, "0 or more"),
-    }
-    for name, (holds, need) in requirements.items():
+    at_least = dict(epochs=1, batch_size=1, micro_batch=1, workers=0, knn_every=0, seed=0, dim=1, depth=1, heads=1)
+    at_least |= dict(decoder_dim=1, decoder_depth=1, decoder_heads=1, weight_decay=0, drop_stages=0)
+    requirements = [
+        (name, getattr(args, name) is None or getattr(args, name) >= low, f"{low} or more")
+        for name, low in at_least.items()
+    ]
+    requirements += [
+        (name, value is None or 0 < value < math.inf, "positive and finite")
+        for name, value in (("blr", args.blr), ("lr", args.lr), ("clip_grad", args.clip_grad))
+    ]
+    requirements += [
+        ("seed", args.seed < 2**32, "below 2^32"),
+        ("warmup_epochs", 0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs = {args.epochs})"),
+        ("ema", 0 <= args.ema <= 1, "in [0, 1]"),
+        ("drop_path", 0 <= args.drop_path < 1, "in [0, 1)"),
+        ("min_crop", 0 < args.min_crop <= 1, "in (0, 1]"),
+        ("image_size", len(args.image_size) <= 2, "one number, or height and width"),
+    ]
+    for name, holds, need in requirements:
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} must be {need}, got {getattr(args, name)}")
 
