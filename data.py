@@ -60,13 +60,15 @@ def read_image(path: str | Path) -> Tensor:
                     pass  # rare encodings, or broken: Pillow knows
             return tvf.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
     except DECODING_ERRORS as error:
-        raise UnreadableImage(f"{path}: {error}") from None
+        printable = f"{path}: {error}".encode(errors="backslashreplace").decode()  # names may hold any bytes
+        raise UnreadableImage(printable) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Pillow image of any mode -> RGB: 16-bit grey is scaled (Pillow would clip it), transparency lies on white."""
     if image.mode.startswith("I"):  # "I;16" and its kin, or 32-bit integers that hold 16-bit values
-        image = image.point(lambda value: value / 256).convert("L")
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        image.info.pop("transparency", None)  # one of the 16-bit greys, which no 8-bit one can stand for
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -84,6 +86,7 @@ def find_images(folder: Path) -> list[str]:
             children.clear()  # a link that loops
             continue
         seen.add(real)
+        children.sort()
         found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
     if not found:
         raise UserError(f"--data {folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
@@ -229,7 +232,7 @@ def defaults(name: str) -> dict[str, Any]:
     """What the size flags and `--knn-every` are for this data when not given. Any unknown name is a folder."""
     small = dict(image_size=[32], patch_size=4, min_crop=0.2, knn_every=0)
     known = {
-        "shapes": small | dict(min_crop=1.0, knn_every=10),  # random enough uncropped; and it shows what it learns
+        "shapes": small | dict(min_crop=1.0, knn_every=6),  # random enough uncropped; and it shows what it learns
         "cifar10": small,
         "cifar100": small,
         "stl10": small | dict(image_size=[96], patch_size=8),
@@ -263,7 +266,7 @@ def labelled_images(name: str, root: Path, download: bool, image_size: tuple[int
     else:
         try:
             train, val = (ImageFolder(Path(name) / split, loader=read_image) for split in ("train", "val"))
-        except FileNotFoundError as error:
+        except OSError as error:
             raise UserError(f"--knn-every needs class folders in {name}/train and {name}/val ({error})") from None
         if train.classes != val.classes:
             raise UserError(f"--knn-every: {name}/train and {name}/val hold different class folders")
@@ -293,7 +296,7 @@ def at_most(images: Dataset, limit: int | None) -> Dataset:
 
 
 class CenterView:
-    """Resize to cover `size` (H, W), then crop the centre; `margin` > 1 covers more and crops more away."""
+    """The largest centred part that has the shape of `size` (H, W), or 1 / `margin` of its sides, resized to `size`."""
 
     def __init__(self, size: tuple[int, int], margin: float = 1.0):
         self.size, self.margin = size, margin
@@ -302,10 +305,9 @@ class CenterView:
         height, width = image.shape[-2:]
         if (height, width) == self.size:
             return image
-        scale = self.margin * max(self.size[0] / height, self.size[1] / width)
-        covering = [max(side, round(scale * old)) for side, old in zip(self.size, (height, width), strict=True)]
-        image = tvf.resize(image, covering, v2.InterpolationMode.BICUBIC, antialias=True)
-        return tvf.center_crop(image, list(self.size))
+        scale = min(height / self.size[0], width / self.size[1]) / self.margin
+        part = tvf.center_crop(image, [max(1, round(scale * side)) for side in self.size])
+        return tvf.resize(part, list(self.size), v2.InterpolationMode.BICUBIC, antialias=True)
 
 
 def pretraining_view(size: tuple[int, int], min_crop: float) -> Callable[[Tensor], Tensor]:
@@ -355,7 +357,7 @@ class Unreadable:
 
     def count(self, num_images: int, messages: list[str]) -> None:
         """Take note of a batch. Raises UserError when there are too many failures."""
-        self.seen += num_images
+        self.seen += num_images + len(messages)  # each failure was followed by another try
         self.failures += len(messages)
         for message in messages:
             if message not in self.files:
@@ -383,7 +385,8 @@ def training_loader(views: Views, batch_size: int, workers: int, rank: int = 0, 
 
     Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
     """
-    sampler = EpochSampler(views, num_processes, rank, shuffle=True, seed=views.seed, drop_last=True)
+    seed = derive_seed(views.seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
+    sampler = EpochSampler(views, num_processes, rank, shuffle=True, seed=seed, drop_last=True)
     return DataLoader(
         views,
         batch_size,

@@ -1,6 +1,7 @@
 """What a run needs that is not the method: command line, processes, seeds, schedules, optimizer, checkpoints, logs."""
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -8,9 +9,7 @@ import os
 import pickle
 import signal
 import sys
-import zipfile
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,11 @@ from torch import Tensor, nn
 
 class UserError(Exception):
     """A mistake of the user's: one sentence naming the flag or file and what to do. Ends a script with exit code 2."""
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's text; its kind where it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -89,7 +93,7 @@ def start_world(device: str) -> World:
             torch.cuda.set_device(chosen)
         torch.zeros(1, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {device} cannot be used here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {device} cannot be used here ({reason(error)})") from None
     if "RANK" in os.environ:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=10))
@@ -119,7 +123,18 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager:
+def seed_generators(device: torch.device, *parts: int | str) -> None:
+    """Seed torch's own generators, of the CPU and of `device`, with `derive_seed(*parts)`.
+
+    `torch.manual_seed` does this for every kind of device, which takes milliseconds where there is none.
+    """
+    seed = derive_seed(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bf16 autocast for `bf16`, none for `fp32`; `auto` is bf16 on CUDA cards that have it."""
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -183,9 +198,10 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
-        temporary.unlink(missing_ok=True)
-        reason = str(error).splitlines()[0]
-        raise UserError(f"cannot write {path} ({reason}); an earlier version of it is unharmed") from None
+        raise UserError(f"cannot write {path} ({reason(error)}); an earlier version of it is unharmed") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
@@ -206,8 +222,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not loaded: it is no checkpoint, or holds more than tensors and values") from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # on damaged files torch's unpickler raises nearly every kind
+        raise UserError(f"{path} is damaged or no checkpoint ({reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content

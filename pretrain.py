@@ -95,10 +95,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--drop-at", "start", "after the first block of each stage, the last, or the first blocks", choices=PLACEMENTS)
     add("--drop-blocks", None, "drop after these blocks instead (0-based)", type=int, nargs="*", metavar="BLOCK")
     add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
-    add("--ema", 0.999, "momentum of the teacher at the start; rises to 1")
+    add("--ema", 0.9997, "momentum of the teacher at the start; rises to 1")
 
     group = parser.add_argument_group("optimisation")
-    add("--epochs", 30, "passes over the data")
+    add("--epochs", 24, "passes over the data")
     add("--batch-size", 64, "images a step, over all processes")
     add("--micro-batch", None, "images at once in one process; gradients accumulate (default: all)", type=int)
     add("--blr", 8e-3, "learning rate per 256 images: lr = blr * batch size / 256")
@@ -107,7 +107,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
     add("--clip-grad", 1.0, "largest norm of the gradient")
     add("--knn-every", None, "score the features by nearest neighbours on labelled images at the start and every N "
-        "epochs; 0: never (default: 10 for shapes, else 0)", type=int, metavar="N")
+        "epochs; 0: never (default: 6 for shapes, else 0)", type=int, metavar="N")
     return parser
 
 
@@ -177,7 +177,7 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
     height, width = args.image_size * 2 if len(args.image_size) == 1 else args.image_size
     encoder = dict(image_size=(height, width), patch_size=args.patch_size, channels=args.channels)
     encoder |= MODELS[args.model] | sizes
-    torch.manual_seed(engine.derive_seed(args.seed, "weights"))
+    engine.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
         student = ViT(**encoder, drop_path=args.drop_path)
         blocks = args.drop_blocks
@@ -199,12 +199,13 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
 
 def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
     """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
-    if args.resume is None and (out / "last.pt").exists():
-        numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
-        aside = next(folder for folder in numbers if not folder.exists())
-        out.rename(aside)
-        print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
+    last = out / "last.pt"
     try:
+        if last.exists() and (args.resume is None or not last.samefile(args.resume or last)):
+            numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
+            aside = next(folder for folder in numbers if not folder.exists())
+            out.rename(aside)
+            print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
     except OSError as error:
@@ -256,7 +257,7 @@ class Trainer:
             group["lr"] = lr
         # Drop path and the random criterion differ between processes; the split of image i is image i's in any number
         # of them, hence drawn for the whole batch and dealt out as the sampler deals the images.
-        torch.manual_seed(engine.derive_seed(args.seed, "step", self.step, rank))
+        engine.seed_generators(self.world.device, args.seed, "step", self.step, rank)
         shape = args.batch_size, self.model.student.num_patches
         noise = torch.rand(shape, generator=engine.generator(args.seed, "split", self.step))[rank::size]
 
@@ -299,7 +300,7 @@ class Trainer:
             rows.append(self.train_step(batches))
             bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}")
         seconds = time.perf_counter() - start
-        good = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
+        good = [row for row in rows if all(map(math.isfinite, row.values()))]
         mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
         return dict(
             epoch=epoch + 1,
@@ -365,8 +366,9 @@ class KNN:
     @torch.no_grad()
     def features(self, encoder: ViT, loader: DataLoader) -> tuple[Tensor, Tensor]:
         """(n, D) features and (n,) labels."""
-        features, labels = [], []
-        for images, batch_labels, _ in loader:
+        features, labels, unreadable = [], [], data.Unreadable()
+        for images, batch_labels, messages in loader:
+            unreadable.count(len(images), messages)
             with engine.autocast(self.device, self.precision):
                 tokens = encoder(self.normalize(images)).tokens
             features.append(tokens[:, 1:].float().mean(dim=1))
@@ -482,7 +484,9 @@ def main(argv: list[str] | None = None) -> None:
                 history.append(dict(epoch=0, step=0, knn=knn(model.student)))
 
         # 3. Train. The log is written before the checkpoint, and anew from the checkpoint when a run is resumed.
-        steps, last = (2, epoch + 1) if args.dry_run else (trainer.steps_per_epoch, args.epochs)
+        steps, last = trainer.steps_per_epoch, args.epochs
+        if args.dry_run:
+            steps, last = min(2, steps), epoch + 1
         while epoch < last:
             row = trainer.train_epoch(epoch, steps)
             epoch += 1
@@ -499,7 +503,11 @@ def main(argv: list[str] | None = None) -> None:
         # 4. Say how it went.
         if world.is_main:
             print(summarise(history, trainer))
-            print("That was a dry run: nothing was kept." if args.dry_run else f"The student is in {out / 'last.pt'}.")
+            if args.dry_run:
+                print("That was a dry run: nothing was kept.")
+            else:
+                print(f"The student is in {out / 'last.pt'}. Next, the same on your images:")
+                print("  python pretrain.py --data FOLDER --model vit_tiny --out runs/mine")
 
 
 if __name__ == "__main__":

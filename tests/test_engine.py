@@ -256,7 +256,7 @@ class Unusual(Exception):
     [
         OSError(28, "No space left on device"),
         RuntimeError("unexpected pos 64 vs 0\nmore"),
-        pytest.param(OSError(), marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="splitlines()[0]")),
+        OSError(),
     ],
 )
 def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
@@ -275,7 +275,6 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, TypeError, Unusual])
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="the temporary file is only removed on some errors")
 def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, failure):
     def write(file):
         file.write(b"half of it")
@@ -341,7 +340,6 @@ def test_a_missing_folder_cannot_be_written_to(tmp_path):
     assert str(path) in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, raises=NotADirectoryError, reason="removing the temporary file fails in its turn")
 def test_a_file_in_place_of_the_folder_cannot_be_written_to(tmp_path):
     (tmp_path / "runs").write_text("a file")
     path = tmp_path / "runs" / "last.pt"
@@ -374,13 +372,22 @@ def refuse(constant):
     raise AssertionError(f"{constant} is not JSON")
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="json.dumps writes NaN, which few JSON readers take")
-def test_log_of_numbers_that_are_not_finite(tmp_path):
-    engine.write_log(tmp_path / "metrics.jsonl", [dict(loss=math.nan, grad_norm=math.inf)])
-    json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
-
-
 # --- reading checkpoints ----------------------------------------------------------------------------------------------
+
+
+def assert_same(a, b):
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert list(a) == list(b)
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list | tuple):
+        for item, other in zip(a, b, strict=True):
+            assert_same(item, other)
+    else:
+        assert a == b
 
 
 def test_checkpoints_come_back_as_they_were(tmp_path):
@@ -389,12 +396,11 @@ def test_checkpoints_come_back_as_they_were(tmp_path):
     model(torch.randn(2, 3, 16, 24)).loss.backward()
     optimizer.step()
     content = dict(
-        method="pcae", model=model.state_dict(), optimizer=optimizer.state_dict(), step=3,
+        method="pcae", shape=(16, 24), model=model.state_dict(), optimizer=optimizer.state_dict(), step=3,
         config=dict(image_size=[16, 24], rate=0.1, resume=None, flag=True), history=[dict(epoch=1, loss=None)],
     )  # fmt: skip
     save_checkpoint(tmp_path / "last.pt", content)
-    loaded = load_checkpoint(tmp_path / "last.pt")
-    torch.testing.assert_close(loaded, content, rtol=0, atol=0)
+    assert_same(load_checkpoint(tmp_path / "last.pt"), content)
     assert os.listdir(tmp_path) == ["last.pt"]
 
 
@@ -441,9 +447,7 @@ LEGACY = checkpoint_bytes({"weights": torch.arange(2000.0)}, _use_new_zipfile_se
 @pytest.mark.parametrize(
     "content",
     [
-        pytest.param(
-            b"", id="empty", marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="EOFError has no text")
-        ),
+        pytest.param(b"", id="empty"),
         pytest.param(bytes(range(256)), id="random bytes"),
         pytest.param(b"\x80\x02" + bytes(range(100, 200)), id="random bytes after a pickle's first"),
         pytest.param(b"<!doctype html>\n<title>404</title>\n", id="a web page"),
@@ -473,7 +477,6 @@ def test_files_that_are_no_checkpoints(tmp_path, content):
         pytest.param(b"\x80\x02G?", id="a cut number"),  # struct.error
     ],
 )
-@pytest.mark.xfail(strict=True, reason="errors of torch's unpickler that load_checkpoint does not name")
 def test_damage_that_only_the_unpickler_notices(tmp_path, content):
     path = tmp_path / "last.pt"
     path.write_bytes(content)

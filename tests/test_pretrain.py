@@ -1,9 +1,10 @@
-"""The pre-training script: what a run leaves behind, interrupted and resumed, accumulated, in two processes, in trouble.
+"""The pre-training script: what a run leaves behind, resuming, accumulation, two processes, and all sorts of trouble.
 
 Nearly all tests call `pretrain.main` in this process with a tiny model, since starting Python and torch takes seconds.
 At the end of this file: what torchrun runs in two processes for the tests about them.
 """
 
+import contextlib
 import copy
 import functools
 import itertools
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 import data
@@ -47,11 +47,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def no_bar(monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------
@@ -170,8 +165,9 @@ def poison(monkeypatch, steps, how=lambda loss, prediction: loss * math.nan, ran
 
 def write_images(folder, count=16, size=(24, 20)):
     """Files of many kinds, at several depths."""
-    kinds = itertools.cycle([("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "bmp"), ("RGB", "webp"), ("1", "tif")])
-    for i, (mode, suffix) in zip(range(count), kinds, strict=False):
+    kinds = [("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "bmp"), ("RGB", "webp"), ("1", "tif")]
+    for i in range(count):
+        mode, suffix = kinds[i % len(kinds)]
         path = folder / ("deep/er" if i % 3 else ".") / f"{i}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(i)).byte()
@@ -267,7 +263,7 @@ def test_schedules(tmp_path, rate, peak):
 def test_images_and_splits_of_each_step(monkeypatch, tmp_path):
     images, splits, seeds = [], [], []
 
-    def record(trainer, batch, noise, last):
+    def record(trainer, batch, noise):
         images.extend(image.numpy().tobytes() for image in batch)
         splits.extend(tuple(row.tolist()) for row in noise)
         seeds.append(torch.initial_seed())
@@ -279,7 +275,7 @@ def test_images_and_splits_of_each_step(monkeypatch, tmp_path):
     assert len(set(first)) == 64 and set(first) == set(second) and first != second
     assert len(set(splits)) == 128 and len(set(seeds)) == 8
     train(tmp_path / "crops", min_crop=0.3)
-    assert len(set(images[128:])) == 128  # another view of each image in each epoch
+    assert len(set(images[128:])) > 120  # another view of each image in each epoch, but where both are of the whole
 
 
 def test_gradients_are_clipped(monkeypatch, tmp_path):
@@ -314,17 +310,34 @@ def test_workers_change_nothing(tmp_path):
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def few_labels(monkeypatch):
+SCORED = RANDOM | dict(knn_every=2)
+
+
+def few_labels(patch):
     """Make scoring by nearest neighbours fast."""
 
     def sets(name, root, download, size):
         return data.Shapes("train", 40, size), data.Shapes("val", 20, size)
 
-    monkeypatch.setattr(data, "labelled_images", sets)
+    patch.setattr(data, "labelled_images", sets)
 
 
-# What is interrupted in the second of three epochs, and how many calls of it went well. A log and a checkpoint an epoch.
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        few_labels(patch)
+        train(out, SCORED)
+    return out
+
+
+def interrupted(out, settings, *moment):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt(patch, *moment)
+        train(out, settings)
+
+
+# What is interrupted in the second of three epochs, and how many calls of it went well.
 MOMENTS = {
     "step": (pretrain.Trainer, "train_step", 6),
     "teacher": (model.PCAE, "update_teacher", 6),
@@ -337,21 +350,24 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_resumed_is_uninterrupted(monkeypatch, tmp_path, few_labels, moment):
-    settings = RANDOM | dict(knn_every=2)
-    train(tmp_path / "whole", settings)
-    with monkeypatch.context() as patch:
-        interrupt(patch, *MOMENTS[moment])
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", settings)
-    assert load(tmp_path / "parts")["epoch"] == (2 if moment == "after the checkpoint" else 1)
-    train(tmp_path / "parts", settings, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
-    assert sorted(os.listdir(tmp_path)) == ["parts", "whole"]
-    assert not list(tmp_path.glob("*/*.tmp"))
+def test_resumed_is_uninterrupted(monkeypatch, tmp_path, uninterrupted, moment):
+    few_labels(monkeypatch)
+    interrupted(tmp_path / "run", SCORED, *MOMENTS[moment])
+    assert load(tmp_path / "run")["epoch"] == (2 if moment == "after the checkpoint" else 1)
+    train(tmp_path / "run", SCORED, resume=True)
+    assert_same_run(uninterrupted, tmp_path / "run")
+    assert os.listdir(tmp_path) == ["run"] and len(os.listdir(tmp_path / "run")) == 3  # nothing left lying about
 
 
-LONG = RANDOM | dict(epochs=40)
+def test_resume_twice(monkeypatch, tmp_path, uninterrupted):
+    few_labels(monkeypatch)
+    interrupted(tmp_path, SCORED, pretrain.Trainer, "train_step", 6)
+    interrupted(tmp_path, SCORED | dict(resume=True), pretrain.Trainer, "train_step", 7)
+    train(tmp_path, {}, resume=True)
+    assert_same_run(uninterrupted, tmp_path)
+
+
+LONG = RANDOM | dict(epochs=24)
 
 
 @pytest.fixture(scope="module")
@@ -364,47 +380,48 @@ def long_run(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to end a process with")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_killed_and_resumed(tmp_path, long_run, how):
-    out, delay = tmp_path / "run", random.uniform(0, 0.4)
+    out, epochs, delay = tmp_path / "run", random.randint(1, 10), random.uniform(0, 0.1)
     pipe = subprocess.PIPE
     process = subprocess.Popen(command(**LONG, out=out), env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
-    while not (out / "last.pt").exists():
+    while not (out / "last.pt").exists() or len(log(out)) < epochs:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     time.sleep(delay)
     process.send_signal(getattr(signal, how))
     errors = process.communicate(timeout=60)[1]
-    assert load(out)["epoch"] < LONG["epochs"], f"it was done before it was killed, after {delay} seconds"
+    assert load(out)["epoch"] < LONG["epochs"], "it was done before it was killed"
     if how == "SIGTERM":
         assert process.returncode == 130
         assert "--resume" in errors and "Traceback" not in errors
-    pretrain.main(flags(dict(resume=True, out=out)))
+    train(out, {}, resume=True)
     assert_same_run(long_run, out)
 
 
-def test_resume_takes_the_settings_of_the_checkpoint(monkeypatch, tmp_path):
-    settings = RANDOM | dict(recipe="imagenet", min_crop=0.5)
+def test_resume_takes_the_settings_of_the_checkpoint(tmp_path):
+    settings = RANDOM | dict(recipe="imagenet")
     train(tmp_path / "whole", settings)
-    with monkeypatch.context() as patch:
-        interrupt(patch, pretrain.Trainer, "train_step", 6)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts", settings)
+    interrupted(tmp_path / "parts", settings, pretrain.Trainer, "train_step", 6)
     train(tmp_path / "parts", {}, resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_resume_file(monkeypatch, tmp_path):
-    train(tmp_path / "whole", RANDOM)
-    for name in ("parts", "here"):
-        with monkeypatch.context() as patch:
-            interrupt(patch, pretrain.Trainer, "train_step", 6)
-            with pytest.raises(KeyboardInterrupt):
-                train(tmp_path / name, RANDOM)
-    before = contents(tmp_path / "parts")
-    train(tmp_path / "elsewhere", {}, resume=tmp_path / "parts/last.pt")
-    assert contents(tmp_path / "parts") == before
-    assert_same_run(tmp_path / "whole", tmp_path / "elsewhere")
-    pretrain.main(flags(dict(resume=tmp_path / "here/last.pt")))  # without --out: where the file is
-    assert_same_run(tmp_path / "whole", tmp_path / "here")
+def test_resume_file(monkeypatch, tmp_path, uninterrupted):
+    few_labels(monkeypatch)
+    interrupted(tmp_path / "run", SCORED, pretrain.Trainer, "train_step", 6)
+    before = contents(tmp_path / "run")
+    train(tmp_path / "elsewhere", {}, resume=tmp_path / "run/last.pt")
+    assert contents(tmp_path / "run") == before
+    pretrain.main(flags(dict(resume=tmp_path / "run/last.pt")))  # without --out: where the file is
+    for out in ("run", "elsewhere"):
+        assert_same_run(uninterrupted, tmp_path / out)
+
+
+def test_resume_file_into_the_folder_of_another_run(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    interrupted(tmp_path / "other", TINY | dict(seed=1), pretrain.Trainer, "train_step", 6)
+    with contextlib.suppress(UserError):  # to refuse is as good as to move it aside
+        train(out, {}, resume=tmp_path / "other/last.pt")
+    assert contents(finished) in [contents(folder) for folder in tmp_path.glob("run*")]
 
 
 def test_resume_a_finished_run(finished, tmp_path, capsys):
@@ -418,9 +435,10 @@ def test_resume_a_finished_run(finished, tmp_path, capsys):
 
 CHANGES = dict(
     epochs=(2, 3), seed=(0, 1), lr=(1e-3, 2e-3), mask_ratio=(0.75, 0.5), drop_ratio=(0.5, 0.25), ema=(0.9, 0.99),
-    batch_size=(16, 8), limit=(64, 32), image_size=([16], [32]), depth=(2, 4), drop_blocks=(None, [1]), clip_grad=(1.0, 2.0),
-    criterion=("similarity", "random"), data=("shapes", "cifar10"), recipe=("laptop", "imagenet"), model=("vit_mini", "vit_tiny"),
-    precision=("auto", "bf16"), min_crop=(1.0, 0.5), drop_path=(0.0, 0.1), knn_every=(0, 5), blr=(8e-3, 1e-3),
+    batch_size=(16, 8), limit=(64, 32), image_size=([16], [32]), depth=(2, 4), drop_blocks=(None, [1]),
+    criterion=("similarity", "random"), data=("shapes", "cifar10"), recipe=("laptop", "imagenet"),
+    model=("vit_mini", "vit_tiny"), precision=("auto", "bf16"), min_crop=(1.0, 0.5), drop_path=(0.0, 0.1),
+    knn_every=(0, 5), clip_grad=(1.0, 2.0),
 )  # fmt: skip
 
 
@@ -440,14 +458,10 @@ def test_resume_names_every_difference(finished, tmp_path):
         train(copy_of(finished, tmp_path), dict(resume=True, seed=5, epochs=9, batch_size=16))
 
 
-def test_resume_with_other_free_settings(monkeypatch, tmp_path):
-    train(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        interrupt(patch, pretrain.Trainer, "train_step", 6)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path / "parts")
-    train(tmp_path / "parts", workers=1, device="cpu", data_root="nowhere", download=True, resume=True)
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+def test_resume_with_other_free_settings(finished, tmp_path):
+    interrupted(tmp_path, TINY, pretrain.Trainer, "train_step", 6)
+    train(tmp_path, workers=1, micro_batch=16, data_root="nowhere", download=True, resume=True)
+    assert_same_run(finished, tmp_path)
 
 
 def test_resume_with_other_images(monkeypatch, tmp_path):
@@ -472,18 +486,22 @@ def test_a_new_run_moves_the_old_one_aside(finished, tmp_path, capsys):
 
 # --- accumulation -----------------------------------------------------------------------------------------------------
 
-# Three steps in which nothing is clipped. AdamW turns any gradient into a step of about the learning rate, also what
-# is only rounding, such as the gradients of the keys' biases, which are zero in theory (softmax ignores what is added
-# to all its inputs). Hence a small learning rate for the weights; the averages of the gradients are compared as well,
-# and tell whether each micro-batch counts as it should, which AdamW hides.
-THREE_STEPS = TINY | dict(epochs=1, warmup_epochs=0, limit=50, lr=1e-6, clip_grad=1000)
+# Three steps in which nothing is clipped. AdamW turns any gradient into a step of about the learning rate, also those
+# of the keys' biases, which are rounding errors: zero in theory, since softmax ignores what is added to all of its
+# inputs. So these biases are left out. And it hides the scale of the gradients, so their averages are compared as well.
+THREE_STEPS = TINY | dict(epochs=1, warmup_epochs=0, limit=50, clip_grad=1000)
+
+
+def without_keys(name, parameter):
+    return parameter.view(3, -1)[::2] if name.endswith("qkv.bias") else parameter
 
 
 def assert_close_runs(a, b):
     x, y = load(a), load(b)
     for part in ("student", "teacher", "decoder"):
         for name in x[part]:
-            torch.testing.assert_close(x[part][name], y[part][name], atol=1e-5, rtol=0, msg=f"{part} {name}")
+            ours, theirs = without_keys(name, x[part][name]), without_keys(name, y[part][name])
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0, msg=f"{part} {name}")
     for i, state in x["optimizer"]["state"].items():
         torch.testing.assert_close(state["exp_avg"], y["optimizer"]["state"][i]["exp_avg"], atol=1e-6, rtol=1e-4)
         assert state["step"] == y["optimizer"]["state"][i]["step"]
@@ -507,13 +525,10 @@ def test_the_teacher_moves_once_a_step(monkeypatch, tmp_path, micro_batch):
         if not start:
             start.append(copy.deepcopy(pcae.teacher.state_dict()))
 
-    wrap(
-        monkeypatch,
-        model.PCAE,
-        "update_teacher",
-        before=before,
-        after=lambda pcae, _: students.append(copy.deepcopy(pcae.student.state_dict())),
-    )
+    def after(pcae, _):
+        students.append(copy.deepcopy(pcae.student.state_dict()))
+
+    wrap(monkeypatch, model.PCAE, "update_teacher", before, after)
     checkpoint = train(tmp_path, micro_batch=micro_batch)
     assert len(students) == 8
     for name, expected in start[0].items():
@@ -536,6 +551,7 @@ def two_processes(tmp_path_factory):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = run_process([*torchrun, __file__, str(folder)])
     assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "errors.txt").write_text(result.stderr)
     return folder
 
 
@@ -575,8 +591,8 @@ def test_one_bad_process_skips_the_step_of_both(two_processes):
 
 
 def test_a_batch_that_processes_cannot_share(two_processes):
-    for rank in ranks(two_processes):
-        assert rank["error"] == "--batch-size 15 is not divisible by the 2 processes"
+    assert "error: --batch-size 15 is not divisible by the 2 processes" in (two_processes / "errors.txt").read_text()
+    assert not (two_processes / "odd").exists()
 
 
 # --- not finite -------------------------------------------------------------------------------------------------------
@@ -617,7 +633,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(monkeypatch, tmp_path):
     settings = TINY | dict(limit=256)  # 16 steps an epoch
     with monkeypatch.context() as patch:
         poison(patch, range(18, 28))
-        with pytest.raises(UserError, match=r"(?s)not finite 10 steps in a row \(step 28\).*--blr.*--lr.*--precision fp32"):
+        with pytest.raises(UserError, match=r"not finite 10 steps in a row \(step 28\): .*--blr .*--precision fp32"):
             train(tmp_path / "run", settings)
     checkpoint = load(tmp_path / "run")
     assert (checkpoint["epoch"], checkpoint["step"], checkpoint["skipped"]) == (1, 16, 0)
@@ -639,9 +655,7 @@ def test_nine_bad_steps_in_a_row_do_not(monkeypatch, tmp_path, capsys):
 def test_bad_steps_in_a_row_are_counted_across_epochs_and_resume(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         poison(patch, range(2, 8))
-        interrupt(patch, pretrain.Trainer, "train_step", 8)
-        with pytest.raises(KeyboardInterrupt):
-            train(tmp_path, epochs=4)
+        interrupted(tmp_path, TINY | dict(epochs=4), pretrain.Trainer, "train_step", 8)
     poison(monkeypatch, range(8, 16))
     with pytest.raises(UserError, match="step 12"):
         train(tmp_path, epochs=4, resume=True)
@@ -694,7 +708,7 @@ def test_collapsed_run_warns(monkeypatch, tmp_path, capsys):
 
 
 def test_learns(tmp_path, capsys):
-    train(tmp_path, epochs=40, dim=32, decoder_dim=32, lr=1e-2, ema=0.99)
+    train(tmp_path, epochs=40, warmup_epochs=10, dim=32, decoder_dim=32, lr=1e-2, ema=0.99)
     rows = log(tmp_path)
     assert 0.9 < rows[0]["loss"] < 1.1 and rows[-1]["loss"] < 0.6
     assert rows[-1]["target_std"] > 0.5 and rows[-1]["prediction_std"] > 0.3
@@ -712,14 +726,23 @@ def test_bf16(tmp_path):
     assert all(tensor.dtype == torch.float32 for part in ("student", "teacher") for tensor in tensors(checkpoint[part]))
 
 
-def test_compiled(monkeypatch, tmp_path):
+def test_compile_leaves_names_alone(monkeypatch, tmp_path):
     compiled = []
-    compile_eagerly = functools.partial(torch.compile, backend="eager")  # needs no compiler here
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or compile_eagerly(module))
-    train(tmp_path / "compiled", THREE_STEPS, compile=True)
-    train(tmp_path / "plain", THREE_STEPS)
+
+    class Compiled(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self._orig_mod = module  # as torch.compile does it
+            compiled.append(module)
+
+        def forward(self, *args):
+            return self._orig_mod(*args)
+
+    monkeypatch.setattr(torch, "compile", Compiled)
+    train(tmp_path / "compiled", compile=True)
+    train(tmp_path / "plain")
     assert len(compiled) == 1
-    assert_close_runs(tmp_path / "plain", tmp_path / "compiled")
+    assert_same_run(tmp_path / "compiled", tmp_path / "plain")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA here")
@@ -736,11 +759,10 @@ def test_cuda(tmp_path, precision):
 
 
 def test_knn(tmp_path):
-    settings = RANDOM | dict(epochs=5)
-    checkpoint = train(tmp_path / "scored", settings, knn_every=2)
+    checkpoint = train(tmp_path / "scored", RANDOM, knn_every=2)
     rows = log(tmp_path / "scored")
-    assert [row["epoch"] for row in rows if "knn" in row] == [0, 2, 4, 5]
-    assert rows[0].keys() == {"epoch", "step", "knn"} and [row["epoch"] for row in rows] == [0, 1, 2, 3, 4, 5]
+    assert [row["epoch"] for row in rows if "knn" in row] == [0, 2, 3]
+    assert rows[0].keys() == {"epoch", "step", "knn"} and [row["epoch"] for row in rows] == [0, 1, 2, 3]
 
     student = model.ViT(**checkpoint["encoder"]).eval()
     student.load_state_dict(checkpoint["student"])
@@ -752,7 +774,7 @@ def test_knn(tmp_path):
     expected = engine.knn_accuracy(features[0], labels[0], features[1], labels[1])
     assert rows[-1]["knn"] == pytest.approx(expected, abs=2e-3) and rows[-1]["knn"] > 0.15
 
-    plain = train(tmp_path / "plain", settings)  # scoring leaves the training as it is
+    plain = train(tmp_path / "plain", RANDOM)  # scoring leaves the training as it is
     for part in ("student", "teacher", "decoder", "optimizer"):
         assert identical(checkpoint[part], plain[part])
 
@@ -787,16 +809,14 @@ def test_recipe():
 
 
 def test_recipe_has_the_paper_token_counts():
-    args = pretrain.read_settings("--recipe imagenet --dim 32 --decoder-dim 32".split())[0]
-    args.heads = args.decoder_heads = 2
-    pcae, encoder = pretrain.build_model(args)
-    assert pcae.token_counts == [147, 73, 73, 73, 73, 36, 36, 36, 36, 18, 18, 18, 18] or pcae.token_counts[-1] == 18
+    args = pretrain.read_settings("--recipe imagenet --dim 48 --decoder-dim 64".split())[0]
+    assert pretrain.build_model(args)[0].token_counts == [147, *[73] * 4, *[36] * 4, *[18] * 4]
 
 
 def test_flags_win_over_the_recipe():
-    for words in ("--recipe imagenet --epochs 30 --ema 0.5", "--epochs 30 --ema 0.5 --recipe imagenet"):
-        args = settings_of(words)  # 30 is also what the flag is without a recipe
-        assert (args["epochs"], args["ema"], args["batch_size"]) == (30, 0.5, 4096)
+    for words in ("--recipe imagenet --batch-size 64 --ema 0.5", "--batch-size 64 --ema 0.5 --recipe imagenet"):
+        args = settings_of(words)  # 64 is also what the flag is without a recipe
+        assert (args["batch_size"], args["ema"], args["epochs"]) == (64, 0.5, 300)
 
 
 @pytest.fixture
@@ -843,7 +863,7 @@ def test_large_models(tmp_path, name, blocks):
         tmp_path, model=name, dim=32, depth=None, drop_stages=3, limit=4, batch_size=4, epochs=1, warmup_epochs=0
     )
     assert len({key.split(".")[1] for key in checkpoint["student"] if key.startswith("blocks.")}) == blocks
-    assert checkpoint["step"] == 1 and 0.8 < log(tmp_path)[0]["loss"] < 1.2
+    assert checkpoint["step"] == 1 and 0.5 < log(tmp_path)[0]["loss"] < 1.5
 
 
 @pytest.mark.parametrize("size, patches", [([16, 32], 32), ([32], 64)])
@@ -954,14 +974,19 @@ class Code:
 def test_broken_checkpoints(finished, tmp_path):
     path, canary = tmp_path / "last.pt", tmp_path / "canary"
     whole = (finished / "last.pt").read_bytes()
-    broken = [b"", b"no checkpoint", whole[:100], whole[: len(whole) // 2], whole[:-10], pickle.dumps(Code(canary))]
-    for content in broken:
+    code = pickle.dumps(Code(canary), protocol=2)
+    for content in (b"no", b"no checkpoint", whole[:100], whole[: len(whole) // 2], whole[:-10], code):
         path.write_bytes(content)
         assert_mistake(str(path), tmp_path, resume=True)
     for content in (Code(canary), dict(method="pcae", config=Code(canary))):
         torch.save(content, path)
         assert_mistake(str(path), tmp_path, resume=True)
     assert not canary.exists()
+
+
+def test_empty_checkpoint(tmp_path):
+    (tmp_path / "last.pt").touch()
+    assert_mistake("last.pt", tmp_path, resume=True)
 
 
 def test_checkpoints_of_another_kind(finished, tmp_path):
@@ -995,10 +1020,11 @@ def test_command_line_mistake(tmp_path):
     assert result.stderr.startswith("error: --data nowhere") and result.stderr.count("\n") == 1
 
 
-def test_help(tmp_path):
-    result = run_process(command("--help"), cwd=tmp_path)
-    assert result.returncode == 0 and not result.stderr
-    text = " ".join(result.stdout.split())
+def test_help(capsys):
+    with pytest.raises(SystemExit) as end:
+        pretrain.main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0 and "python pretrain.py --data FOLDER" in text
     for action in pretrain.arguments()._actions:
         assert action.option_strings[-1] in text and action.help
         if action.default not in (None, False, "==SUPPRESS=="):
@@ -1011,35 +1037,30 @@ def test_help(tmp_path):
 
 
 def worker(folder):
-    """Several runs, each in this process together with the other one; saves what this process has in the end."""
-    rank = int(os.environ["RANK"])
-    seen, seeds, models = {}, [], []
+    """Several runs of this process and the other one together; saves what this one holds in the end."""
+    world = engine.start_world("cpu")
+    engine.start_world = lambda device: world  # joined already
+    rank, seen, seeds, models = world.rank, {}, [], []
     wrap(pytest.MonkeyPatch(), model.PCAE, "update_teacher", before=lambda pcae, _: models.append(pcae))
 
-    def run(name, settings, **changes):
-        try:
-            engine.launch(lambda: train(folder / name, settings, **changes))
-        finally:
-            seen[name] = {part: getattr(models[-1], part).state_dict() for part in ("student", "teacher", "decoder")}
+    def run(name, settings):
+        pretrain.main(flags(settings | dict(out=folder / name)))
+        seen[name] = {part: getattr(models[-1], part).state_dict() for part in ("student", "teacher", "decoder")}
 
     run("whole", THREE_STEPS)
-    run("parts", THREE_STEPS, micro_batch=4)
+    run("parts", THREE_STEPS | dict(micro_batch=4))
     with pytest.MonkeyPatch.context() as patch:
         wrap(patch, pretrain.Trainer, "train_step", after=lambda *_: seeds.append(torch.initial_seed()))
-        run("random", RANDOM, workers=1)
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, pretrain.Trainer, "train_step", 6)
-        with pytest.raises(SystemExit):
-            run("resumed", RANDOM)
-    run("resumed", RANDOM, resume=True)
+        run("random", RANDOM | dict(workers=1))
+    interrupted(folder / "resumed", RANDOM, pretrain.Trainer, "train_step", 6)
+    run("resumed", RANDOM | dict(resume=True))
     with pytest.MonkeyPatch.context() as patch:
         poison(patch, {2}, rank=1)
         wrap(patch, pretrain.Trainer, "train_epoch", after=lambda trainer, *_: seen.update(skipped=trainer.skipped))
         run("nan", TINY)
-    with pytest.raises(UserError) as error:
-        train(folder / "odd", batch_size=15)
-    torch.save(seen | dict(seeds=seeds, error=str(error.value)), folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
+    torch.save(seen | dict(seeds=seeds), folder / f"rank{rank}.pt")
+    with pytest.raises(SystemExit):
+        engine.launch(lambda: run("odd", TINY | dict(batch_size=15)))
 
 
 if __name__ == "__main__":
