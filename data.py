@@ -87,7 +87,8 @@ def find_images(folder: Path) -> list[str]:
             continue
         seen.add(real)
         children.sort()
-        found += [os.path.join(parent, name) for name in files if name.lower().endswith(IMG_EXTENSIONS)]
+        visible = (name for name in files if not name.startswith("."))  # a Mac leaves ._photo.jpg beside photo.jpg
+        found += [os.path.join(parent, name) for name in visible if name.lower().endswith(IMG_EXTENSIONS)]
     if not found:
         raise UserError(f"--data {folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
     return sorted(found)
@@ -232,7 +233,7 @@ def defaults(name: str) -> dict[str, Any]:
     """What the size flags and `--knn-every` are for this data when not given. Any unknown name is a folder."""
     small = dict(image_size=[32], patch_size=4, min_crop=0.2, knn_every=0)
     known = {
-        "shapes": small | dict(min_crop=1.0, knn_every=6),  # random enough uncropped; and it shows what it learns
+        "shapes": small | dict(min_crop=1.0, knn_every=5),  # random enough uncropped; and it shows what it learns
         "cifar10": small,
         "cifar100": small,
         "stl10": small | dict(image_size=[96], patch_size=8),

@@ -3,13 +3,14 @@
 import argparse
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,9 +42,8 @@ def launch(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    if dist.is_initialized():  # not after an error: the others may never come to say goodbye
+        dist.destroy_process_group()
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -69,11 +69,12 @@ def parse_arguments(
 
 @dataclass(frozen=True)
 class World:
-    """This process among all those that torchrun started; a single one without it."""
+    """This process among all those that torchrun started, on this machine and others; a single one without it."""
 
     rank: int
     size: int
     device: torch.device
+    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -86,6 +87,8 @@ def start_world(device: str) -> World:
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
+        if device == "mps" and "RANK" in os.environ:
+            device = "cpu"  # gloo cannot reduce what lies on a Mac's GPU
     try:
         chosen = torch.device(device)
         if chosen.type == "cuda":
@@ -95,9 +98,19 @@ def start_world(device: str) -> World:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {device} cannot be used here ({reason(error)})") from None
     if "RANK" in os.environ:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    return World(rank, max(size, 1), chosen)
+        backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # the others wait while one scores and saves
+    return World(rank, max(size, 1), chosen, local_rank)
+
+
+@contextlib.contextmanager
+def one_at_first(world: World, needed: bool) -> Iterator[None]:
+    """Where `needed`, let one process of each machine through the block first: it downloads what the others find."""
+    if needed and world.size > 1 and world.local_rank > 0:
+        dist.barrier()
+    yield
+    if needed and world.size > 1 and world.local_rank == 0:
+        dist.barrier()
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -137,7 +150,8 @@ def seed_generators(device: torch.device, *parts: int | str) -> None:
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bf16 autocast for `bf16`, none for `fp32`; `auto` is bf16 on CUDA cards that have it."""
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if native else "fp32"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -166,6 +180,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
+def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
+    """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
+    if args.batch_size % world.size:
+        raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world.size} processes")
+    share = args.batch_size // world.size
+    micro_batch = min(args.micro_batch or share, share)
+    if share % micro_batch:
+        raise UserError(f"--micro-batch {micro_batch} does not divide the {share} images a process takes each step")
+    return micro_batch, share // micro_batch
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
@@ -183,6 +208,22 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
 
 
 # --- files of a run ---------------------------------------------------------------------------------------------------
+
+
+def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
+    """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
+    last = out / "last.pt"
+    try:
+        if last.exists() and (args.resume is None or not last.samefile(args.resume or last)):
+            numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
+            aside = next(folder for folder in numbers if not folder.exists())
+            out.rename(aside)
+            print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except (OSError, ValueError) as error:  # ValueError: "." has no name to add a number to
+        raise UserError(f"--out {out} cannot be written ({reason(error)})") from None
+    return out
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -235,3 +276,10 @@ def check_settings(saved: dict[str, Any], wanted: dict[str, Any], path: Path) ->
     if differing:
         flags = ", ".join(f"--{n.replace('_', '-')} {saved.get(n)} there, {wanted[n]} here" for n in differing)
         raise UserError(f"{path} was made with other settings: {flags}. Use its settings, or another --out folder")
+
+
+def duration(seconds: float) -> str:
+    """A time in words: 42 seconds, 5 minutes, 1.7 hours."""
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

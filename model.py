@@ -312,10 +312,14 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def spread(tokens: Tensor) -> Tensor:
-    """How much tokens (B, R, D) differ in direction: std of their unit vectors over tokens, times sqrt(D).
+def mean_direction(tokens: Tensor) -> Tensor:
+    """The mean (D,) of the unit vectors of tokens (B, R, D): short if they point everywhere, long if all in one way."""
+    return F.normalize(tokens.float(), dim=-1).mean(dim=(0, 1))
 
-    About 1: all directions. 0: a single one, which is what a collapsed teacher or predictor looks like.
+
+def spread(direction: Tensor) -> Tensor:
+    """Standard deviation of unit vectors around their mean (D,), over all directions: sqrt(1 - |mean|^2).
+
+    About 1: they point everywhere. 0: all in one direction, which is what a collapsed teacher or predictor looks like.
     """
-    unit = F.normalize(tokens.float(), dim=-1).flatten(0, 1)
-    return unit.std(dim=0, correction=0).mean() * math.sqrt(tokens.shape[-1])
+    return (1 - direction.square().sum()).clamp(min=0).sqrt()

@@ -7,8 +7,6 @@
 
 import argparse
 import contextlib
-import itertools
-import json
 import math
 import os
 import tempfile
@@ -26,9 +24,10 @@ from tqdm import tqdm
 import data
 import engine
 from engine import UserError, World
-from model import MODELS, PCAE, ViT, spread
+from model import MODELS, PCAE, ViT, mean_direction, spread
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
 
+NEXT = "--recipe imagenet --model vit_tiny --batch-size 64 --epochs 100 --out runs/mine"
 MAX_SKIPPED_IN_A_ROW = 10
 COLLAPSED = 0.2  # spread of unit vectors below which more than 96 % of each is the direction that all share
 
@@ -42,12 +41,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 
-# Flags that a resumed run may change: they leave the result as it is.
+# Flags that a resumed run may change: they leave the result as it is, but for rounding.
 FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume", "dry_run")
 
 
 def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
 
     def add(flag: str, default: Any, text: str, **options: Any) -> None:
         shown = "" if default is None or default is False else f" (default: {default})"
@@ -95,10 +96,10 @@ def arguments() -> argparse.ArgumentParser:
     add("--drop-at", "start", "after the first block of each stage, the last, or the first blocks", choices=PLACEMENTS)
     add("--drop-blocks", None, "drop after these blocks instead (0-based)", type=int, nargs="*", metavar="BLOCK")
     add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
-    add("--ema", 0.9997, "momentum of the teacher at the start; rises to 1")
+    add("--ema", 0.9999, "momentum of the teacher at the start; rises to 1")
 
     group = parser.add_argument_group("optimisation")
-    add("--epochs", 24, "passes over the data")
+    add("--epochs", 20, "passes over the data")
     add("--batch-size", 64, "images a step, over all processes")
     add("--micro-batch", None, "images at once in one process; gradients accumulate (default: all)", type=int)
     add("--blr", 8e-3, "learning rate per 256 images: lr = blr * batch size / 256")
@@ -107,7 +108,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
     add("--clip-grad", 1.0, "largest norm of the gradient")
     add("--knn-every", None, "score the features by nearest neighbours on labelled images at the start and every N "
-        "epochs; 0: never (default: 6 for shapes, else 0)", type=int, metavar="N")
+        "epochs; 0: never (default: 5 for shapes, else 0)", type=int, metavar="N")
     return parser
 
 
@@ -121,16 +122,17 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
     if args.resume is not None:
         path = Path(args.resume or Path(args.out) / "last.pt")
         checkpoint = engine.load_checkpoint(path)
-        if checkpoint.get("method") != "pcae":
+        if checkpoint.get("method") != "pcae" or not {"config", "history", "num_images", "epoch"} <= checkpoint.keys():
             raise UserError(f"{path} is not a checkpoint of pretrain.py")
         saved = checkpoint["config"]
         engine.check_settings(saved, {name: value for name, value in chosen.items() if name not in FREE}, path)
-        args = argparse.Namespace(**(vars(args) | saved | {"out": chosen.get("out", str(path.parent))}))
+        args = argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | chosen))
     for name, value in data.defaults(args.data).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else min(8, os.cpu_count() or 1)
+        cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores))
     check_values(args)
     return args, checkpoint
 
@@ -160,17 +162,6 @@ def check_values(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be {need}, got {getattr(args, name)}")
 
 
-def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
-    """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
-    if args.batch_size % world.size:
-        raise UserError(f"--batch-size {args.batch_size} is not divisible by the {world.size} processes")
-    share = args.batch_size // world.size
-    micro_batch = min(args.micro_batch or share, share)
-    if share % micro_batch:
-        raise UserError(f"--micro-batch {micro_batch} does not divide the {share} images a process takes each step")
-    return micro_batch, share // micro_batch
-
-
 def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
     """PCAE as the arguments say, its weights drawn from `--seed`, and the encoder's arguments to build it again."""
     sizes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
@@ -195,22 +186,6 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, encoder
-
-
-def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
-    """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
-    last = out / "last.pt"
-    try:
-        if last.exists() and (args.resume is None or not last.samefile(args.resume or last)):
-            numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
-            aside = next(folder for folder in numbers if not folder.exists())
-            out.rename(aside)
-            print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written ({error})") from None
-    return out
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
@@ -238,13 +213,14 @@ class Trainer:
         self.unreadable = data.Unreadable()
 
     def backward(self, images: Tensor, noise: Tensor, last: bool) -> Tensor:
-        """Gradients of one micro-batch, added up; returns (loss, target spread, prediction spread), detached."""
-        wait = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
-        with wait:
+        """Add the gradients of one micro-batch; returns, detached, the loss and the mean directions: (1 + 2 D,)."""
+        sync = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+        with sync:
             with engine.autocast(self.world.device, self.args.precision):
-                output = self.runner(self.normalize(images), noise.to(self.world.device))
+                output = self.runner(self.normalize(images), noise)
             (output.loss / self.accumulate).backward()
-        return torch.stack([output.loss.detach(), spread(output.target), spread(output.prediction)])
+        directions = mean_direction(output.target), mean_direction(output.prediction)
+        return torch.cat([output.loss.detach()[None], *directions])
 
     def train_step(self, batches: Iterator) -> dict[str, float]:
         """One optimizer step on `accumulate` micro-batches, then the teacher's; skipped if anything is not finite."""
@@ -255,23 +231,26 @@ class Trainer:
         momentum = engine.ema_momentum(self.step, base=args.ema, total=self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Drop path and the random criterion differ between processes; the split of image i is image i's in any number
-        # of them, hence drawn for the whole batch and dealt out as the sampler deals the images.
+        # Drop path and the random criterion differ between processes. An image's split does not depend on their number:
+        # it is drawn for the whole batch and dealt out as the sampler deals the images.
         engine.seed_generators(self.world.device, args.seed, "step", self.step, rank)
         shape = args.batch_size, self.model.student.num_patches
         noise = torch.rand(shape, generator=engine.generator(args.seed, "split", self.step))[rank::size]
+        noise = noise.to(self.world.device, non_blocking=True)
 
-        stats, waited = torch.zeros(3, device=self.world.device), 0.0
+        stats, waited = torch.zeros((), device=self.world.device), 0.0
         for i, part in enumerate(noise.chunk(self.accumulate)):
             start = time.perf_counter()
             images, _, messages = next(batches)
             waited += time.perf_counter() - start
             self.unreadable.count(len(images), messages)
-            stats += self.backward(images, part, last=i == self.accumulate - 1) / self.accumulate
+            stats = stats + self.backward(images, part, last=i == self.accumulate - 1) / self.accumulate
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, args.clip_grad)
-        # DDP has averaged the gradients and this the loss: all processes see, and decide, the same.
-        values = torch.cat([engine.mean_over_processes(stats), grad_norm[None]]).tolist()
+        # DDP has averaged the gradients and this the rest: all processes see, and decide, the same. Reading the numbers
+        # waits for the device, once a step: a step that is not finite must not reach the weights.
+        loss, *directions = engine.mean_over_processes(stats).split([1, *[self.model.student.dim] * 2])
+        values = torch.stack([loss[0], *map(spread, directions), grad_norm]).tolist()
         loss, target_std, prediction_std, grad_norm = values
         self.step += 1
         if math.isfinite(loss) and math.isfinite(grad_norm):
@@ -325,7 +304,7 @@ class Trainer:
         for i in range(5):
             if i == 2:  # the first ones are slow: allocation, compilation
                 start = time.perf_counter()
-            self.backward(images, noise, last=True)[0].item()
+            self.backward(images, noise.to(self.world.device), last=True)[0].item()
             self.optimizer.zero_grad()
         return (time.perf_counter() - start) / 3 * self.accumulate
 
@@ -385,16 +364,10 @@ class KNN:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
-
-
 def describe_run(args: argparse.Namespace, trainer: Trainer, images: Dataset) -> str:
     """What is about to happen, and how long it will take here."""
     model, world = trainer.model, trainer.world
-    classes = getattr(images, "classes", ())
+    classes = getattr(getattr(images, "dataset", images), "classes", ())  # --limit wraps the data set
     labels = f" of {len(classes)} classes ({', '.join(classes[:3])}, ...), labels not used" if classes else ""
     parameters = sum(parameter.numel() for parameter in model.student.parameters()) / 1e6
     visible = model.student.num_patches - model.token_counts[0]
@@ -407,7 +380,7 @@ def describe_run(args: argparse.Namespace, trainer: Trainer, images: Dataset) ->
         f"tokens  student: {visible} visible + class token; teacher: {' '.join(map(str, model.token_counts))}",
         f"steps   {trainer.total_steps:,}, each {args.batch_size} images = {world.size} process(es) x "
         f"{trainer.accumulate} micro-batch(es) x {micro_batch}; peak learning rate {trainer.peak_lr:.3g} = {rate}",
-        f"time    about {duration(seconds)} on {world.device}",
+        f"time    about {engine.duration(seconds)} on {world.device}",
     ])  # fmt: skip
 
 
@@ -451,15 +424,22 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
     return text
 
 
+def save(out: Path, trainer: Trainer, run: dict[str, Any], epoch: int, history: list[dict[str, Any]]) -> None:
+    """Write the log, then the checkpoint, which holds the log too: a resumed run writes it anew from there."""
+    engine.write_log(out / "metrics.jsonl", history)
+    engine.save_checkpoint(out / "last.pt", run | dict(epoch=epoch, history=history) | trainer.state())
+
+
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
 
     # 1. Model and data. Whatever is wrong with the settings is found out here, before the first step.
-    micro_batch, accumulate = batch_sizes(args, world)
+    micro_batch, accumulate = engine.batch_sizes(args, world)
     model, encoder = build_model(args)
     size = encoder["image_size"]
-    images = data.unlabelled_images(args.data, Path(args.data_root), args.download, args.limit, size)
+    with engine.one_at_first(world, needed=args.download):
+        images = data.unlabelled_images(args.data, Path(args.data_root), args.download, args.limit, size)
     if len(images) < args.batch_size:
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data {args.data}")
     views = data.Views(images, data.pretraining_view(size, args.min_crop), args.channels, args.seed)
@@ -468,6 +448,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(args, model, loader, accumulate, world)
 
     # 2. Where the run stands.
+    run = dict(method="pcae", config=vars(args), encoder=encoder, num_images=len(images))
     epoch, history = 0, []
     if checkpoint is not None:
         if checkpoint["num_images"] != len(images):
@@ -478,12 +459,16 @@ def main(argv: list[str] | None = None) -> None:
 
     with tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out) as folder:
         if world.is_main:
-            out = prepare_folder(args, Path(folder))
+            out = engine.prepare_folder(args, Path(folder))
             print(announcement)
             if knn and not history:
                 history.append(dict(epoch=0, step=0, knn=knn(model.student)))
+            if checkpoint is None:
+                save(out, trainer, run, epoch, history)  # --resume works from the first moment
+            else:
+                engine.write_log(out / "metrics.jsonl", history)
 
-        # 3. Train. The log is written before the checkpoint, and anew from the checkpoint when a run is resumed.
+        # 3. Train.
         steps, last = trainer.steps_per_epoch, args.epochs
         if args.dry_run:
             steps, last = min(2, steps), epoch + 1
@@ -494,10 +479,7 @@ def main(argv: list[str] | None = None) -> None:
                 if knn and (epoch % args.knn_every == 0 or epoch == last):
                     row["knn"] = knn(model.student)
                 history.append(row)
-                engine.write_log(out / "metrics.jsonl", history)
-                config = {name: value for name, value in vars(args).items() if name not in FREE}
-                run = dict(method="pcae", config=config, encoder=encoder, num_images=len(images), epoch=epoch)
-                engine.save_checkpoint(out / "last.pt", run | dict(history=history) | trainer.state())
+                save(out, trainer, run, epoch, history)
                 tqdm.write(describe_epoch(row, args))
 
         # 4. Say how it went.
@@ -507,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
                 print("That was a dry run: nothing was kept.")
             else:
                 print(f"The student is in {out / 'last.pt'}. Next, the same on your images:")
-                print("  python pretrain.py --data FOLDER --model vit_tiny --out runs/mine")
+                print(f"  python pretrain.py --data FOLDER {NEXT}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ Nearly all tests call `pretrain.main` in this process with a tiny model, since s
 At the end of this file: what torchrun runs in two processes for the tests about them.
 """
 
-import contextlib
 import copy
 import functools
 import itertools
@@ -105,8 +104,14 @@ def assert_same_run(a, b):
     for part in x:
         if part == "history":
             assert timeless(x[part]) == timeless(y[part]) == timeless(log(a)) == timeless(log(b))
+        elif part == "config":
+            assert settled(x[part]) == settled(y[part])
         else:
             assert identical(x[part], y[part]), part
+
+
+def settled(config):
+    return {name: value for name, value in config.items() if name not in pretrain.FREE}
 
 
 def tensors(content):
@@ -217,7 +222,7 @@ def test_checkpoint(finished):
     assert (checkpoint["epoch"], checkpoint["step"], checkpoint["skipped"]) == (2, 8, 0)
     assert checkpoint["history"] == log(finished)
     args = json.loads((finished / "args.json").read_text())
-    assert checkpoint["config"] == {name: args[name] for name in args if name not in pretrain.FREE}
+    assert checkpoint["config"] == args
     for part in ("student", "teacher"):  # and they can be built again from the checkpoint alone
         encoder = model.ViT(**checkpoint["encoder"])
         encoder.load_state_dict(checkpoint[part])
@@ -249,9 +254,12 @@ def cosine(start, end, t):
     return end + (start - end) * (1 + math.cos(math.pi * t)) / 2
 
 
-@pytest.mark.parametrize("rate, peak", [(dict(lr=3e-3), 3e-3), (dict(lr=None, blr=8e-3), 5e-4)])
-def test_schedules(tmp_path, rate, peak):
+@pytest.mark.parametrize(
+    "rate, peak, text", [(dict(lr=3e-3), 3e-3, "0.003 = --lr"), (dict(lr=None, blr=8e-3), 5e-4, "0.008 * 16 / 256")]
+)
+def test_schedules(tmp_path, capsys, rate, peak, text):
     checkpoint = train(tmp_path, epochs=5, warmup_epochs=1.5, ema=0.96, **rate)
+    assert text in capsys.readouterr().out
     rows = log(tmp_path)
     for row in rows:
         step = 4 * row["epoch"] - 1  # of 20, 6 to warm up; logged is the last one of the epoch
@@ -276,6 +284,9 @@ def test_images_and_splits_of_each_step(monkeypatch, tmp_path):
     assert len(set(splits)) == 128 and len(set(seeds)) == 8
     train(tmp_path / "crops", min_crop=0.3)
     assert len(set(images[128:])) > 120  # another view of each image in each epoch, but where both are of the whole
+    train(tmp_path / "seed", seed=1)
+    assert set(images[256:]) == set(first) and images[256:] != first + second
+    assert len(set(splits)) == 256 and len(set(seeds)) == 16  # the splits of both epochs of both seeds
 
 
 def test_gradients_are_clipped(monkeypatch, tmp_path):
@@ -341,10 +352,10 @@ def interrupted(out, settings, *moment):
 MOMENTS = {
     "step": (pretrain.Trainer, "train_step", 6),
     "teacher": (model.PCAE, "update_teacher", 6),
-    "before the log": (engine, "write_log", 1),
-    "between log and checkpoint": (engine, "save_checkpoint", 1),
-    "writing the checkpoint": (os, "fsync", 3),
-    "replacing the checkpoint": (os, "replace", 3),
+    "before the log": (engine, "write_log", 2),
+    "between log and checkpoint": (engine, "save_checkpoint", 2),
+    "writing the checkpoint": (os, "fsync", 5),
+    "replacing the checkpoint": (os, "replace", 5),
     "after the checkpoint": (pretrain, "describe_epoch", 1),
 }
 
@@ -419,9 +430,9 @@ def test_resume_file(monkeypatch, tmp_path, uninterrupted):
 def test_resume_file_into_the_folder_of_another_run(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     interrupted(tmp_path / "other", TINY | dict(seed=1), pretrain.Trainer, "train_step", 6)
-    with contextlib.suppress(UserError):  # to refuse is as good as to move it aside
-        train(out, {}, resume=tmp_path / "other/last.pt")
-    assert contents(finished) in [contents(folder) for folder in tmp_path.glob("run*")]
+    train(out, {}, resume=tmp_path / "other/last.pt")
+    assert contents(tmp_path / "run-1") == contents(finished)
+    assert load(out)["config"]["seed"] == 1 and load(out)["epoch"] == 2
 
 
 def test_resume_a_finished_run(finished, tmp_path, capsys):
@@ -461,6 +472,22 @@ def test_resume_names_every_difference(finished, tmp_path):
 def test_resume_with_other_free_settings(finished, tmp_path):
     interrupted(tmp_path, TINY, pretrain.Trainer, "train_step", 6)
     train(tmp_path, workers=1, micro_batch=16, data_root="nowhere", download=True, resume=True)
+    assert_same_run(finished, tmp_path)
+
+
+def test_resume_keeps_the_free_settings_that_are_not_given(monkeypatch, tmp_path):
+    split = TINY | dict(micro_batch=4, drop_path=0.3)  # with drop path other micro-batches would give other weights
+    train(tmp_path / "whole", split)
+    interrupted(tmp_path / "parts", split, pretrain.Trainer, "train_step", 6)
+    resumed = train(tmp_path / "parts", {}, resume=True)
+    assert resumed["config"]["micro_batch"] == 4
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_killed_in_the_first_epoch_and_resumed(finished, tmp_path):
+    interrupted(tmp_path, TINY, pretrain.Trainer, "train_step", 1)
+    assert load(tmp_path)["epoch"] == 0 and log(tmp_path) == []
+    train(tmp_path, {}, resume=True)
     assert_same_run(finished, tmp_path)
 
 
@@ -515,6 +542,9 @@ def test_micro_batches_equal_the_batch(tmp_path, micro_batch):
     train(tmp_path / "whole", THREE_STEPS)
     train(tmp_path / "parts", THREE_STEPS, micro_batch=micro_batch)
     assert_close_runs(tmp_path / "whole", tmp_path / "parts")
+    for whole, parts in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
+        for name in ("loss", "target_std", "prediction_std", "grad_norm"):
+            assert whole[name] == pytest.approx(parts[name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
@@ -961,6 +991,12 @@ def test_out_that_cannot_be_written(tmp_path):
     assert_mistake("--out .*file", tmp_path / "file")
 
 
+def test_out_that_cannot_be_moved_aside(monkeypatch, finished, tmp_path):
+    monkeypatch.chdir(copy_of(finished, tmp_path))
+    assert_mistake("--out", Path("."))
+    assert contents(tmp_path / "run") == contents(finished)
+
+
 class Code:
     """Creates a file when unpickled."""
 
@@ -975,18 +1011,13 @@ def test_broken_checkpoints(finished, tmp_path):
     path, canary = tmp_path / "last.pt", tmp_path / "canary"
     whole = (finished / "last.pt").read_bytes()
     code = pickle.dumps(Code(canary), protocol=2)
-    for content in (b"no", b"no checkpoint", whole[:100], whole[: len(whole) // 2], whole[:-10], code):
+    for content in (b"", b"no checkpoint", whole[:100], whole[: len(whole) // 2], whole[:-10], code):
         path.write_bytes(content)
         assert_mistake(str(path), tmp_path, resume=True)
     for content in (Code(canary), dict(method="pcae", config=Code(canary))):
         torch.save(content, path)
         assert_mistake(str(path), tmp_path, resume=True)
     assert not canary.exists()
-
-
-def test_empty_checkpoint(tmp_path):
-    (tmp_path / "last.pt").touch()
-    assert_mistake("last.pt", tmp_path, resume=True)
 
 
 def test_checkpoints_of_another_kind(finished, tmp_path):
