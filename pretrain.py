@@ -222,34 +222,38 @@ class Trainer:
         directions = mean_direction(output.target), mean_direction(output.prediction)
         return torch.cat([output.loss.detach()[None], *directions])
 
+    def split_noise(self) -> Tensor:
+        """This process's rows of the noise (batch size, N) that splits the patches of the whole batch.
+
+        Drawn whole and dealt out as the sampler deals the images: no image's split depends on the number of processes.
+        """
+        shape = self.args.batch_size, self.model.student.num_patches
+        noise = torch.rand(shape, generator=engine.generator(self.args.seed, "split", self.step))
+        return noise[self.world.rank :: self.world.size].to(self.world.device, non_blocking=True)
+
     def train_step(self, batches: Iterator) -> dict[str, float]:
         """One optimizer step on `accumulate` micro-batches, then the teacher's; skipped if anything is not finite."""
-        args, rank, size = self.args, self.world.rank, self.world.size
-        lr = engine.warmup_cosine(
-            self.step, peak=self.peak_lr, total=self.total_steps, warmup=args.warmup_epochs * self.steps_per_epoch
-        )
+        args, dim = self.args, self.model.student.dim
+        warmup = args.warmup_epochs * self.steps_per_epoch
+        lr = engine.warmup_cosine(self.step, peak=self.peak_lr, total=self.total_steps, warmup=warmup)
         momentum = engine.ema_momentum(self.step, base=args.ema, total=self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        # Drop path and the random criterion differ between processes. An image's split does not depend on their number:
-        # it is drawn for the whole batch and dealt out as the sampler deals the images.
-        engine.seed_generators(self.world.device, args.seed, "step", self.step, rank)
-        shape = args.batch_size, self.model.student.num_patches
-        noise = torch.rand(shape, generator=engine.generator(args.seed, "split", self.step))[rank::size]
-        noise = noise.to(self.world.device, non_blocking=True)
+        # What drop path and the random criterion draw from; each process draws its own.
+        engine.seed_generators(self.world.device, args.seed, "step", self.step, self.world.rank)
 
         stats, waited = torch.zeros((), device=self.world.device), 0.0
-        for i, part in enumerate(noise.chunk(self.accumulate)):
+        for i, noise in enumerate(self.split_noise().chunk(self.accumulate)):
             start = time.perf_counter()
             images, _, messages = next(batches)
             waited += time.perf_counter() - start
             self.unreadable.count(len(images), messages)
-            stats = stats + self.backward(images, part, last=i == self.accumulate - 1) / self.accumulate
+            stats = stats + self.backward(images, noise, last=i == self.accumulate - 1) / self.accumulate
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, args.clip_grad)
         # DDP has averaged the gradients and this the rest: all processes see, and decide, the same. Reading the numbers
         # waits for the device, once a step: a step that is not finite must not reach the weights.
-        loss, *directions = engine.mean_over_processes(stats).split([1, *[self.model.student.dim] * 2])
+        loss, *directions = engine.mean_over_processes(stats).split([1, dim, dim])
         values = torch.stack([loss[0], *map(spread, directions), grad_norm]).tolist()
         loss, target_std, prediction_std, grad_norm = values
         self.step += 1
@@ -258,16 +262,20 @@ class Trainer:
             self.model.update_teacher(momentum)
             self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                raise UserError(
-                    f"the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (step {self.step}): lower --blr or "
-                    "--lr, or use --precision fp32. The last checkpoint is from before"
-                )
+            self.skip()
         self.optimizer.zero_grad()
         return dict(loss=loss, lr=lr, ema=momentum, target_std=target_std, prediction_std=prediction_std,
                     grad_norm=grad_norm, waited=waited)  # fmt: skip
+
+    def skip(self) -> None:
+        """Count a step that was not taken. Raises UserError after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (step {self.step}): lower --blr or "
+                "--lr, or use --precision fp32. The last checkpoint is from before"
+            )
 
     def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
         """`steps` steps of epoch number `epoch` (from 0); returns the row for metrics.jsonl."""
