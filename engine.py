@@ -194,17 +194,32 @@ def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
-    """Accuracy in [0, 1] of a vote among the `k` nearest bank features (n, D), weighted by exp(cosine / .07) as DINO's.
-
-    Features are first standardised with the bank's mean and deviation, so that what all share says nothing.
-    """
+def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Features (n, D) with the bank's mean and deviation taken out, so that what all share says nothing."""
     mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
-    bank, queries = (F.normalize((x - mean) / std, dim=1) for x in (bank, queries))
+    return (bank - mean) / std, (queries - mean) / std
+
+
+def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
+    """Accuracy in [0, 1] of a vote among the `k` nearest of a bank (n, D), weighted by exp(cosine / .07) as in DINO."""
+    bank, queries = (F.normalize(x, dim=1) for x in standardise(bank, queries))
     similarity, neighbours = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
     votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
     votes.scatter_add_(1, bank_labels[neighbours], (similarity / 0.07).exp())
     return (votes.argmax(dim=1) == query_labels).float().mean().item()
+
+
+def linear_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ridge: float = 1.0
+) -> float:
+    """Accuracy in [0, 1] of the linear classifier that ridge regression of one-hot labels on the bank gives.
+
+    A linear probe without a learning rate to tune: W = (X'X + ridge I)^-1 X'Y, with a column of ones for the bias.
+    """
+    bank, queries = (F.pad(x.cpu().double(), (0, 1), value=1.0) for x in standardise(bank, queries))
+    targets = F.one_hot(bank_labels.cpu()).double()
+    weights = torch.linalg.solve(bank.T @ bank + ridge * torch.eye(bank.shape[1]).double(), bank.T @ targets)
+    return ((queries @ weights).argmax(dim=1) == query_labels.cpu()).double().mean().item()
 
 
 # --- files of a run ---------------------------------------------------------------------------------------------------

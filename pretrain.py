@@ -107,8 +107,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--warmup-epochs", 3.0, "epochs of linear warm-up")
     add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
     add("--clip-grad", 1.0, "largest norm of the gradient")
-    add("--knn-every", None, "score the features by nearest neighbours on labelled images at the start and every N "
-        "epochs; 0: never (default: 5 for shapes, else 0)", type=int, metavar="N")
+    add("--knn-every", None, "score the features on labelled images, by nearest neighbours and a linear classifier, at "
+        "the start and every N epochs; 0: never (default: 5 for shapes, else 0)", type=int, metavar="N")
     return parser
 
 
@@ -340,8 +340,8 @@ class Trainer:
             raise UserError(f"the checkpoint does not fit this version of the model ({error})") from None
 
 
-class KNN:
-    """Scores an encoder's mean patch token on labelled images that it was not trained to classify."""
+class Probe:
+    """Scores an encoder's mean patch token on labelled images: by nearest neighbours and by a linear classifier."""
 
     def __init__(self, args: argparse.Namespace, size: tuple[int, int], device: torch.device):
         sets = data.labelled_images(args.data, Path(args.data_root), args.download, size)
@@ -362,11 +362,11 @@ class KNN:
             labels.append(batch_labels.to(self.device))
         return torch.cat(features), torch.cat(labels)
 
-    def __call__(self, encoder: ViT) -> float:
-        """Accuracy in [0, 1]."""
+    def __call__(self, encoder: ViT) -> dict[str, float]:
+        """Accuracies in [0, 1]."""
         encoder.eval()
-        (bank, bank_labels), (queries, query_labels) = (self.features(encoder, loader) for loader in self.loaders)
-        return engine.knn_accuracy(bank, bank_labels, queries, query_labels)
+        sets = [tensor for loader in self.loaders for tensor in self.features(encoder, loader)]
+        return dict(knn=engine.knn_accuracy(*sets), linear=engine.linear_accuracy(*sets))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -401,7 +401,7 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
         f"predictions {row['prediction_std']:.2f}  {row['images_per_second']:.0f} images/s"
     )
     if "knn" in row:
-        text += f"  knn {row['knn']:.1%}"
+        text += f"  knn {row['knn']:.1%} linear {row['linear']:.1%}"
     # Predictions begin all alike; later it means that nothing is learnt.
     watched = ("target_std", "prediction_std") if row["epoch"] > args.warmup_epochs else ("target_std",)
     for name in watched:
@@ -422,9 +422,12 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
             f" The loss went from {trained[0]['loss']:.3f} to {trained[-1]['loss']:.3f}, the spread of targets from "
             f"{trained[0]['target_std']:.2f} to {trained[-1]['target_std']:.2f} (1: all directions, 0: collapsed)."
         )
-    scores = [row["knn"] for row in history if "knn" in row]
+    scores = [row for row in history if "knn" in row]
     if scores:
-        text += f" Nearest neighbours in the frozen features are right for {scores[-1]:.1%}, at first {scores[0]:.1%}."
+        text += (
+            f" On the frozen features a linear classifier is right for {scores[-1]['linear']:.1%} (untrained encoder: "
+            f"{scores[0]['linear']:.1%}), nearest neighbours for {scores[-1]['knn']:.1%} ({scores[0]['knn']:.1%})."
+        )
     if trainer.skipped:
         text += f" {trainer.skipped} steps were skipped because something was not finite."
     if trainer.unreadable.files:
@@ -452,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--batch-size {args.batch_size} is more than the {len(images)} images of --data {args.data}")
     views = data.Views(images, data.pretraining_view(size, args.min_crop), args.channels, args.seed)
     loader = data.training_loader(views, micro_batch, args.workers, world.rank, world.size)
-    knn = KNN(args, size, world.device) if args.knn_every and world.is_main else None
+    probe = Probe(args, size, world.device) if args.knn_every and world.is_main else None
     trainer = Trainer(args, model, loader, accumulate, world)
 
     # 2. Where the run stands.
@@ -469,8 +472,8 @@ def main(argv: list[str] | None = None) -> None:
         if world.is_main:
             out = engine.prepare_folder(args, Path(folder))
             print(announcement)
-            if knn and not history:
-                history.append(dict(epoch=0, step=0, knn=knn(model.student)))
+            if probe and not history:
+                history.append(dict(epoch=0, step=0) | probe(model.student))
             if checkpoint is None:
                 save(out, trainer, run, epoch, history)  # --resume works from the first moment
             else:
@@ -484,8 +487,8 @@ def main(argv: list[str] | None = None) -> None:
             row = trainer.train_epoch(epoch, steps)
             epoch += 1
             if world.is_main:
-                if knn and (epoch % args.knn_every == 0 or epoch == last):
-                    row["knn"] = knn(model.student)
+                if probe and (epoch % args.knn_every == 0 or epoch == last):
+                    row |= probe(model.student)
                 history.append(row)
                 save(out, trainer, run, epoch, history)
                 tqdm.write(describe_epoch(row, args))

@@ -15,7 +15,17 @@ import pytest
 import torch
 
 import engine
-from engine import UserError, derive_seed, ema_momentum, knn_accuracy, load_checkpoint, save_checkpoint, warmup_cosine
+from engine import (
+    UserError,
+    derive_seed,
+    ema_momentum,
+    knn_accuracy,
+    linear_accuracy,
+    load_checkpoint,
+    save_checkpoint,
+    standardise,
+    warmup_cosine,
+)
 from model import PCAE, ViT
 from ptr import PTR
 
@@ -242,6 +252,48 @@ def test_knn_takes_k_into_account():
     queries, of_label = torch.tensor([[1.0, 0.0]]), torch.tensor([1])
     assert knn_accuracy(bank, labels, queries, of_label, k=1) == 0.0
     assert knn_accuracy(bank, labels, queries, of_label, k=10) == 1.0
+
+
+def test_linear_classifier_on_clusters():
+    bank, bank_labels, queries, labels = clusters()
+    assert linear_accuracy(bank, bank_labels, queries, labels) == 1.0
+    assert linear_accuracy(bank, bank_labels, queries, (labels + 1) % 5) == 0.0
+
+
+def test_linear_classifier_on_shuffled_labels_is_chance():
+    bank, labels, queries, query_labels = clusters(per_class=200)
+    shuffled = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(1))]
+    assert linear_accuracy(bank, shuffled, queries, query_labels) < 0.4
+
+
+def test_linear_classifier_needs_its_bias_and_cannot_bend():
+    x = torch.linspace(-1, 1, 300)[:, None]
+    thirds = torch.arange(300) // 100  # the middle one of three on a line is no straight line's to tell
+    assert linear_accuracy(x, thirds, x, thirds) == pytest.approx(2 / 3, abs=0.02)
+    unequal = (torch.arange(300) >= 240).long()  # without a bias the boundary would be at 0: half of all
+    assert linear_accuracy(x, unequal, x, unequal) > 0.7
+
+
+def test_linear_classifier_is_ridge_regression():
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = (torch.randn(n, 6, generator=generator) for n in (40, 300))
+    labels, query_labels = (torch.randint(3, (n,), generator=generator) for n in (40, 300))
+    x, y = standardise(bank, queries)
+    weights = torch.zeros(7, 3, dtype=torch.double, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+    ones = torch.cat([x, torch.ones(40, 1)], dim=1).double()
+
+    def closure():
+        optimizer.zero_grad()
+        error = (ones @ weights - torch.nn.functional.one_hot(labels).double()).square().sum()
+        loss = error + 5 * weights.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    predicted = (torch.cat([y, torch.ones(300, 1)], dim=1).double() @ weights).argmax(dim=1)
+    expected = (predicted == query_labels).float().mean().item()
+    assert linear_accuracy(bank, labels, queries, query_labels, ridge=5.0) == pytest.approx(expected, abs=1e-6)
 
 
 # --- writing files ----------------------------------------------------------------------------------------------------

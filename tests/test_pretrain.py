@@ -715,7 +715,7 @@ def test_warning_about_predictions_only_after_warm_up():
 
 
 def test_knn_in_the_line_of_an_epoch():
-    assert "knn 41.5%" in describe(knn=0.415) and "knn" not in describe()
+    assert "knn 41.5% linear 60.2%" in describe(knn=0.415, linear=0.602) and "knn" not in describe()
 
 
 def test_collapsed_run_warns(monkeypatch, tmp_path, capsys):
@@ -792,7 +792,7 @@ def test_knn(tmp_path):
     checkpoint = train(tmp_path / "scored", RANDOM, knn_every=2)
     rows = log(tmp_path / "scored")
     assert [row["epoch"] for row in rows if "knn" in row] == [0, 2, 3]
-    assert rows[0].keys() == {"epoch", "step", "knn"} and [row["epoch"] for row in rows] == [0, 1, 2, 3]
+    assert rows[0].keys() == {"epoch", "step", "knn", "linear"} and [row["epoch"] for row in rows] == [0, 1, 2, 3]
 
     student = model.ViT(**checkpoint["encoder"]).eval()
     student.load_state_dict(checkpoint["student"])
@@ -801,6 +801,8 @@ def test_knn(tmp_path):
         with torch.no_grad():
             features.append(student(data.Normalize()(images.images)).tokens[:, 1:].mean(dim=1))
         labels.append(torch.tensor(images.labels))
+    expected = engine.linear_accuracy(features[0], labels[0], features[1], labels[1])
+    assert rows[-1]["linear"] == pytest.approx(expected, abs=2e-3) and rows[-1]["linear"] > 0.15
     expected = engine.knn_accuracy(features[0], labels[0], features[1], labels[1])
     assert rows[-1]["knn"] == pytest.approx(expected, abs=2e-3) and rows[-1]["knn"] > 0.15
 
