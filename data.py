@@ -339,6 +339,7 @@ class Views(Dataset):
         return view if self.channels == 3 else tvf.rgb_to_grayscale(view), label, unreadable
 
     def read(self, index: int) -> tuple[Tensor, int, list[str]]:
+        """Image `index`, or where that is unreadable another one; its label; messages about the unreadable ones."""
         unreadable: list[str] = []
         while len(unreadable) < 20:
             try:

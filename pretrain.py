@@ -46,6 +46,7 @@ FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", 
 
 
 def arguments() -> argparse.ArgumentParser:
+    """All flags; those that are None by default take a value that depends on the data or the model."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

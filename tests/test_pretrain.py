@@ -378,7 +378,7 @@ def test_resume_twice(monkeypatch, tmp_path, uninterrupted):
     assert_same_run(uninterrupted, tmp_path)
 
 
-LONG = RANDOM | dict(epochs=24)
+LONG = RANDOM | dict(epochs=16)
 
 
 @pytest.fixture(scope="module")
@@ -391,7 +391,7 @@ def long_run(tmp_path_factory):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals to end a process with")
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
 def test_killed_and_resumed(tmp_path, long_run, how):
-    out, epochs, delay = tmp_path / "run", random.randint(1, 10), random.uniform(0, 0.1)
+    out, epochs, delay = tmp_path / "run", random.randint(1, 6), random.uniform(0, 0.1)
     pipe = subprocess.PIPE
     process = subprocess.Popen(command(**LONG, out=out), env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True)
     while not (out / "last.pt").exists() or len(log(out)) < epochs:
@@ -560,7 +560,7 @@ def test_the_teacher_moves_once_a_step(monkeypatch, tmp_path, micro_batch):
 
     wrap(monkeypatch, model.PCAE, "update_teacher", before, after)
     checkpoint = train(tmp_path, micro_batch=micro_batch)
-    assert len(students) == 8
+    assert len(students) == 8 and identical(start[0], students[0])  # the first learning rate is zero
     for name, expected in start[0].items():
         expected = expected.double()
         for step, student in enumerate(students):
@@ -579,9 +579,13 @@ def two_processes(tmp_path_factory):
     """The folder in which `worker`, at the end of this file, ran in two processes."""
     folder = tmp_path_factory.mktemp("two")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = run_process([*torchrun, __file__, str(folder)])
-    assert result.returncode == 0, result.stdout + result.stderr
-    (folder / "errors.txt").write_text(result.stderr)
+    with open(folder / "errors.txt", "w") as errors:
+        process = subprocess.Popen([*torchrun, __file__, str(folder)], env=ENVIRONMENT, stdout=errors, stderr=errors)
+        try:
+            process.wait(timeout=120)
+        finally:
+            process.terminate()  # in case they wait for each other: torchrun then ends both
+    assert process.returncode == 0, (folder / "errors.txt").read_text()
     return folder
 
 
@@ -602,6 +606,10 @@ def test_processes_hold_the_same_weights(two_processes, name):
     assert identical(first, second)
     checkpoint = load(two_processes / name)
     assert identical(first["teacher"], checkpoint["teacher"]) and identical(first["student"], checkpoint["student"])
+
+
+def test_one_process_downloads_and_then_the_others_look(two_processes):
+    assert [rank["came second"] for rank in ranks(two_processes)] == [False, True]
 
 
 def test_processes_draw_different_random_numbers(two_processes):
@@ -1081,7 +1089,17 @@ def worker(folder):
         seen[name] = {part: getattr(models[-1], part).state_dict() for part in ("student", "teacher", "decoder")}
 
     run("whole", THREE_STEPS)
-    run("parts", THREE_STEPS | dict(micro_batch=4))
+    with pytest.MonkeyPatch.context() as patch:
+        find = data.unlabelled_images
+
+        def download(*arguments):
+            seen["came second"] = (folder / "downloaded").exists()
+            time.sleep(1 - rank)
+            (folder / "downloaded").touch()
+            return find(*arguments)
+
+        patch.setattr(data, "unlabelled_images", download)
+        run("parts", THREE_STEPS | dict(micro_batch=4, download=True))
     with pytest.MonkeyPatch.context() as patch:
         wrap(patch, pretrain.Trainer, "train_step", after=lambda *_: seeds.append(torch.initial_seed()))
         run("random", RANDOM | dict(workers=1))
