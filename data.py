@@ -1,7 +1,7 @@
 """Images in, uint8 batches out: the built-in `shapes`, any folder of image files, torchvision's sets.
 
 Every view of an image is a function of (seed, epoch, index) alone: the number of workers or of processes never changes
-what is trained on. Workers hand over uint8; `normalize` scales on the device.
+what is trained on. Workers hand over uint8; `Normalize` scales on the device.
 """
 
 import math
