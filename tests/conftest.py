@@ -1,0 +1,5 @@
+"""The tests' tensors are tiny: several threads would only wait for each other, and on a busy machine for long."""
+
+import torch
+
+torch.set_num_threads(1)
