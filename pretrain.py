@@ -403,14 +403,16 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
     )
     if "knn" in row:
         text += f"  knn {row['knn']:.1%} linear {row['linear']:.1%}"
-    # Predictions begin all alike; later it means that nothing is learnt.
-    watched = ("target_std", "prediction_std") if row["epoch"] > args.warmup_epochs else ("target_std",)
-    for name in watched:
-        if row[name] < COLLAPSED:
-            text += (
-                f"\nwarning: {name} is {row[name]:.2f}: nearly all tokens point in one direction (collapse), so a low "
-                "loss means nothing. Raise --ema or lower --blr"
-            )
+    if row["target_std"] < COLLAPSED:
+        text += (
+            f"\nwarning: target_std is {row['target_std']:.2f}: nearly all targets point in one direction (collapse), "
+            "so a low loss means nothing. Raise --ema or lower --blr"
+        )
+    if row["prediction_std"] < COLLAPSED and row["epoch"] > args.warmup_epochs:  # they begin all alike
+        text += (
+            f"\nwarning: prediction_std is {row['prediction_std']:.2f}: the predictions hardly differ from token to "
+            "token, so little is learnt yet. If this stays, change --blr or look at the images"
+        )
     return text
 
 
