@@ -533,7 +533,7 @@ def assert_close_runs(a, b):
         torch.testing.assert_close(state["exp_avg"], y["optimizer"]["state"][i]["exp_avg"], atol=1e-6, rtol=1e-4)
         assert state["step"] == y["optimizer"]["state"][i]["step"]
     for ours, theirs in zip(log(a), log(b), strict=True):
-        for name in ("step", "loss", "lr", "ema", "grad_norm"):
+        for name in ("step", "loss", "lr", "ema", "target_std", "prediction_std", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-4), name
 
 
@@ -542,9 +542,6 @@ def test_micro_batches_equal_the_batch(tmp_path, micro_batch):
     train(tmp_path / "whole", THREE_STEPS)
     train(tmp_path / "parts", THREE_STEPS, micro_batch=micro_batch)
     assert_close_runs(tmp_path / "whole", tmp_path / "parts")
-    for whole, parts in zip(log(tmp_path / "whole"), log(tmp_path / "parts"), strict=True):
-        for name in ("loss", "target_std", "prediction_std", "grad_norm"):
-            assert whole[name] == pytest.approx(parts[name], abs=1e-5), name
 
 
 @pytest.mark.parametrize("micro_batch", [None, 4])
