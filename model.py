@@ -1,12 +1,14 @@
 """The networks of PCAE (panels a and b of the poster): ViT encoder, light decoder, and `PCAE`, which ties them up.
 
-Read `PCAE` at the end first: its `forward` is the method. Shapes: B images, N patches, n tokens of a sequence, D width.
-Encoder parameters carry timm's names, so public ViT weights load without a mapping and ours load into timm.
+Read `PCAE` first: its `forward` is the method. `Classifier` is what fine-tuning trains; `load_encoder` takes any plain
+ViT's weights, ours or public ones. Shapes: B images, N patches, n tokens of a sequence, D width. Encoder parameters
+carry timm's names, so public ViT weights load without a mapping and ours load into timm.
 """
 
 import copy
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +150,10 @@ class ViT(nn.Module):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
             raise ValueError(f"width {dim} (--dim) is not a multiple of the number of heads {heads} (--heads)")
+        self.arguments = dict(
+            image_size=tuple(image_size), patch_size=patch_size, channels=channels,
+            dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
+        )  # fmt: skip
         self.image_size = tuple(image_size)
         self.grid = grid_size(image_size, patch_size)
         self.num_patches = math.prod(self.grid)
@@ -160,6 +166,11 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.apply(init_weights)
         nn.init.normal_(self.cls_token, std=0.02)
+
+    def describe(self) -> str:
+        """Its size in words."""
+        parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return f"{parameters:.1f} M parameters, {self.num_patches} patches"
 
     def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
         """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
@@ -184,6 +195,18 @@ class ViT(nn.Module):
                 x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=int(class_token), criterion=ptr.criterion)
                 patch_ids = patch_ids.gather(1, kept)
         return Encoded(self.norm(x), patch_ids)
+
+
+def pool(tokens: Tensor, by: str = "mean") -> Tensor:
+    """One vector (B, D) for an image from its tokens (B, 1 + n, D): the `mean` of its patches, or its `class` token."""
+    return tokens[:, 1:].mean(dim=1) if by == "mean" else tokens[:, 0]
+
+
+def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions (1, 1 + N, D) of one grid of patches (rows, columns) for another one, bicubic as in MAE and DeiT."""
+    patches = rearrange(pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
 
 
 # --- decoder ----------------------------------------------------------------------------------------------------------
@@ -323,3 +346,189 @@ def spread(direction: Tensor) -> Tensor:
     About 1: they point everywhere. 0: all in one direction, which is what a collapsed teacher or predictor looks like.
     """
     return (1 - direction.square().sum()).clamp(min=0).sqrt()
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A ViT over whole images with a linear head on one pooled vector; PTR spares the class token (panel b).
+
+    Where the layers of norm are, in timm's names:
+        pool="mean"   the mean of the patch tokens that PTR left, then `fc_norm` (the paper, MAE)
+        pool="class"  the encoder's `norm`, then the class token (DeiT)
+        frozen=True   the encoder's `norm`, pooling, BatchNorm without parameters: a linear probe, only `head` trains
+    `encoder` becomes a part of it: its positions become trainable, or if `frozen` nothing of it is.
+    """
+
+    def __init__(
+        self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False, ptr: PTR | None = None
+    ):
+        super().__init__()
+        self.encoder, self.pool, self.frozen, self.ptr = encoder, pool, frozen, ptr
+        encoder.pos_embed.requires_grad_()
+        if frozen:
+            encoder.requires_grad_(False)
+            self.fc_norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6)
+        elif pool == "mean":
+            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6)
+        else:
+            self.fc_norm = nn.Identity()
+        self.head = nn.Linear(encoder.dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: logits start at zero
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> "Classifier":
+        """As usual, but a frozen encoder stays in evaluation mode: no drop path in its features."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W), normalised -> logits (B, classes)."""
+        tokens = self.encoder(images, ptr=self.ptr).tokens
+        return self.head(self.fc_norm(pool(tokens, self.pool)))
+
+
+# --- weights from files -----------------------------------------------------------------------------------------------
+
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")  # what DDP, torch.compile, DINO and we put before a name
+MOCO = {"student": "base_encoder.", "teacher": "momentum_encoder."}
+# Names that begin like this and that our ViT does not have would change what an encoder computes.
+ESSENTIAL = ("blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "rel_pos", "rope")
+
+
+def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[str, Tensor]:
+    """The tensors of a checkpoint by timm's names, whatever it wraps them in.
+
+    Looks for the `weights` (`student` or `teacher`) of ours, DINO's and MoCo v3's files, else under `model` (MAE, DeiT)
+    or `state_dict` (timm), else takes the checkpoint for the tensors themselves. Raises ValueError.
+    """
+    found = next((checkpoint[key] for key in (weights, "model", "state_dict") if key in checkpoint), checkpoint)
+    if not isinstance(found, dict):
+        raise ValueError("it holds no weights by name")
+    tensors = {}
+    for name, value in found.items():
+        while wrapper := next((prefix for prefix in WRAPPERS if str(name).startswith(prefix)), None):
+            name = name.removeprefix(wrapper)
+        if isinstance(value, Tensor):
+            tensors[name] = value
+    moco = {name.removeprefix(MOCO[weights]): t for name, t in tensors.items() if name.startswith(MOCO[weights])}
+    if weights == "teacher" and not moco and "teacher" not in checkpoint:
+        raise ValueError("it holds one set of weights and no teacher's: use --weights student")
+    return moco or tensors
+
+
+def infer_arguments(tensors: dict[str, Tensor], heads: int | None = None) -> dict[str, Any]:
+    """The arguments of the ViT that these weights are of, an image taken to be square. Raises ValueError.
+
+    Weights do not say how many `heads` they are for: by default as many as the usual model of this width has.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    absent = [name for name in needed if name not in tensors]
+    if absent:
+        raise ValueError(f"it is not a plain ViT with a class token: {', '.join(absent)} missing")
+    dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
+    if side**2 != tensors["pos_embed"].shape[1] - 1:
+        raise ValueError(f"its {tensors['pos_embed'].shape[1]} positions are not a class token and a square of patches")
+    usual = {size["dim"]: size["heads"] for size in MODELS.values()}
+    if heads is None and dim not in usual:
+        raise ValueError(f"its width {dim} is not a usual one: say how many heads it has (--heads)")
+    return dict(
+        image_size=(side * patch_size, side * patch_size),
+        patch_size=patch_size,
+        channels=channels,
+        dim=dim,
+        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        heads=heads or usual[dim],
+        mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / dim,
+    )
+
+
+def load_encoder(
+    checkpoint: dict[str, Any],
+    *,
+    weights: str = "student",
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    drop_path: float = 0.0,
+    log: Callable[[str], None] = print,
+) -> ViT:
+    """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3 or timm.
+
+    `image_size` (H, W) other than the checkpoint's resizes the positions. `log` gets a line on what matched. Raises
+    ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's numbers are there.
+    """
+    tensors = find_weights(checkpoint, weights)
+    if "method" in checkpoint:  # ours says what it is
+        arguments = checkpoint["encoder"]
+    else:
+        is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", {}))
+        arguments = infer_arguments(tensors, heads)
+        if is_moco and heads is None and arguments["dim"] == 384:
+            arguments["heads"] = 12  # its ViT-S has twice the usual number
+    encoder = ViT(**(arguments | dict(image_size=image_size or arguments["image_size"])), drop_path=drop_path)
+    old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
+    if old_grid != encoder.grid:
+        tensors = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"].float(), old_grid, encoder.grid))
+    take_weights(encoder, tensors, log)
+    return encoder
+
+
+def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], None] = print) -> None:
+    """Copy what `tensors` have of an encoder's weights, and log it. Raises ValueError as `load_encoder` does."""
+    own = encoder.state_dict()
+    matched = {name: tensors[name] for name in own if name in tensors}
+    missing = [name for name in own if name not in tensors]
+    left_over = [name for name in tensors if name not in own and not name.startswith(("fc_norm.", "head."))]
+    foreign = [name for name in left_over if name.startswith(ESSENTIAL)]
+    if foreign:
+        raise ValueError(f"it is not a plain ViT, but has {', '.join(foreign[:3])} besides")
+    for name, tensor in matched.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    share = sum(own[name].numel() for name in matched) / sum(tensor.numel() for tensor in own.values())
+    if share < 0.9:
+        raise ValueError(f"only {share:.0%} of the encoder is there; missing: {', '.join(missing[:5])}, ...")
+    encoder.load_state_dict(matched, strict=False)
+
+    def few(names: list[str]) -> str:
+        return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+    log(
+        f"weights {len(matched)} of {len(own)} tensors matched; {len(missing)} missing{few(missing)}; "
+        f"{len(left_over)} left over{few(left_over)}"
+    )
+
+
+def load_classifier(
+    checkpoint: dict[str, Any],
+    *,
+    pool: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Classifier:
+    """The classifier in a loaded checkpoint of `finetune.py`, or a public one. Raises ValueError.
+
+    In a public file `fc_norm` tells mean pooling (MAE) from the class token (DeiT, timm); `pool` overrides it.
+    """
+    tensors = find_weights(checkpoint)
+    head = tensors.get("head.weight")
+    if head is None or head.ndim != 2:
+        raise ValueError("it holds an encoder alone, without the head of a classifier (head.weight)")
+    pool = pool or checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else "class")
+    encoder = load_encoder(checkpoint, image_size=image_size, heads=heads, log=log)
+    model = Classifier(encoder, len(head), pool=pool, frozen="fc_norm.running_mean" in tensors)
+    top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
+    try:
+        absent = model.load_state_dict(top, strict=False).missing_keys
+    except RuntimeError as error:
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    if any(not name.startswith("encoder.") for name in absent):
+        raise ValueError(f"it does not fit a classifier with --pool {pool}: {', '.join(absent[-3:])} missing")
+    return model
