@@ -4,10 +4,13 @@ Every view of an image is a function of (seed, epoch, index) alone: the number o
 what is trained on. Workers hand over uint8; `Normalize` scales on the device.
 """
 
+import argparse
+import functools
 import math
 import os
 import pickle
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +24,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
-from tqdm import tqdm
 
-from engine import UserError, derive_seed, generator
+from engine import UserError, add_flag, derive_seed, generator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,6 +77,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def is_image_file(path: str) -> bool:
+    """Whether a file's name says it is an image, and not a hidden one: a Mac leaves ._photo.jpg beside photo.jpg."""
+    name = os.path.basename(path)
+    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+
+
 def find_images(folder: Path) -> list[str]:
     """All image files below `folder`, sorted; linked folders are followed, each once. Raises UserError if none."""
     if not folder.is_dir():
@@ -87,8 +95,7 @@ def find_images(folder: Path) -> list[str]:
             continue
         seen.add(real)
         children.sort()
-        visible = (name for name in files if not name.startswith("."))  # a Mac leaves ._photo.jpg beside photo.jpg
-        found += [os.path.join(parent, name) for name in visible if name.lower().endswith(IMG_EXTENSIONS)]
+        found += [path for name in files if is_image_file(path := os.path.join(parent, name))]
     if not found:
         raise UserError(f"--data {folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
     return sorted(found)
@@ -107,6 +114,27 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return read_image(self.paths[index]), -1
+
+
+class ClassFolders(ImageFolder):
+    """Image files in one folder for each class. With the `class_to_idx` of another split, some may be missing here.
+
+    Raises OSError, or UserError where there are others.
+    """
+
+    def __init__(self, folder: Path, class_to_idx: dict[str, int] | None = None):
+        self.expected = class_to_idx
+        super().__init__(folder, loader=read_image, is_valid_file=is_image_file, allow_empty=class_to_idx is not None)
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        """As torchvision's, without hidden folders."""
+        found = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if self.expected is None:
+            return found, {name: i for i, name in enumerate(found)}
+        unknown = [name for name in found if name not in self.expected]
+        if unknown:
+            raise UserError(f"--data: {directory} has classes that the training images lack: {', '.join(unknown[:5])}")
+        return list(self.expected), self.expected
 
 
 # --- built-in shapes --------------------------------------------------------------------------------------------------
@@ -229,8 +257,22 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
 # --- data sets by name ------------------------------------------------------------------------------------------------
 
 
-def defaults(name: str) -> dict[str, Any]:
-    """What the size flags and `--knn-every` are for this data when not given. Any unknown name is a folder."""
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags about images; those that are None by default `fill_in` completes."""
+    add = functools.partial(add_flag, parser.add_argument_group("data"))
+    add("--data", "shapes", f"shapes, {', '.join(TORCHVISION_SETS)}, or a folder with image files")
+    add("--data-root", "data", "where torchvision's sets lie", metavar="FOLDER")
+    add("--download", False, "let torchvision download a set that is missing", action="store_true")
+    add("--limit", None, "use only N training images (default: all)", type=int, metavar="N")
+    add("--image-size", None, "pixels: one number or height and width (default: 32 for shapes, CIFAR; 96 for STL; "
+        "224 for a folder)", type=int, nargs="+", metavar="PIXELS")
+    add("--min-crop", None, "smallest share of an image that a random crop keeps; 1: whole images (default: .2; 1 for "
+        "shapes)", type=float)
+    add("--workers", None, "processes that load data (default: none for shapes, else up to 8)", type=int)
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Complete what depends on the data and was not given, as far as a script has it. Any unknown name is a folder."""
     small = dict(image_size=[32], patch_size=4, min_crop=0.2, knn_every=0)
     known = {
         "shapes": small | dict(min_crop=1.0, knn_every=5),  # random enough uncropped; and it shows what it learns
@@ -238,7 +280,30 @@ def defaults(name: str) -> dict[str, Any]:
         "cifar100": small,
         "stl10": small | dict(image_size=[96], patch_size=8),
     }
-    return known.get(name, dict(image_size=[224], patch_size=16, min_crop=0.2, knn_every=0))
+    folder = dict(image_size=[224], patch_size=16, min_crop=0.2, knn_every=0)
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers = 0 if args.data == "shapes" else min(8, max(1, cores))
+    for name, value in (known.get(args.data, folder) | dict(workers=workers)).items():
+        if name in args and getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+def sides(image_size: list[int]) -> tuple[int, int]:
+    """Height and width that `--image-size` gives in one number or two."""
+    return image_size[0], image_size[-1]
+
+
+def classes_of(images: Dataset) -> list[str]:
+    """The names of a set's classes, also where it is a part of a set; none where there are no labels."""
+    while isinstance(images, Subset):
+        images = images.dataset
+    return list(getattr(images, "classes", ()))
+
+
+def describe_classes(images: Dataset, remark: str = "") -> str:
+    """ of 10 classes (disk, square, triangle, ...), or nothing where a set has none."""
+    classes = classes_of(images)
+    return f" of {len(classes)} classes ({', '.join(classes[:3])}, ...){remark}" if classes else ""
 
 
 def unlabelled_images(name: str, root: Path, download: bool, limit: int | None, image_size: tuple[int, int]) -> Dataset:
@@ -258,20 +323,81 @@ def unlabelled_images(name: str, root: Path, download: bool, limit: int | None, 
     return at_most(images, limit)
 
 
-def labelled_images(name: str, root: Path, download: bool, image_size: tuple[int, int]) -> tuple[Dataset, Dataset]:
-    """Training and validation images with labels, for scoring features: at most 5000 and 2000. Raises UserError."""
+def labelled_images(
+    name: str,
+    root: Path,
+    download: bool,
+    image_size: tuple[int, int],
+    limits: tuple[int | None, int | None] = (5000, 2000),
+) -> tuple[Dataset, Dataset]:
+    """Training and validation images with labels, at most `limits` of them (default: enough to score features).
+
+    A folder has `train/` and `val/`, with a folder for each class in each; `val/` may lack some. Raises UserError.
+    """
+    class_to_idx = None
     if name == "shapes":
-        return Shapes("train", 5000, image_size), Shapes("val", 2000, image_size)
-    if name in TORCHVISION_SETS:
-        train, val = (torchvision_set(name, split, root, download) for split in ("train", "test"))
+        train = Shapes("train", SHAPES_LENGTH if limits[0] is None else limits[0], image_size)
+    elif name in TORCHVISION_SETS:
+        train = torchvision_set(name, "train", root, download)
     else:
-        try:
-            train, val = (ImageFolder(Path(name) / split, loader=read_image) for split in ("train", "val"))
-        except OSError as error:
-            raise UserError(f"--knn-every needs class folders in {name}/train and {name}/val ({error})") from None
-        if train.classes != val.classes:
-            raise UserError(f"--knn-every: {name}/train and {name}/val hold different class folders")
-    return at_most(train, 5000), at_most(val, 2000)
+        train = class_folders(Path(name) / "train")
+        class_to_idx = train.class_to_idx
+    return at_most(train, limits[0]), validation_images(name, root, download, image_size, limits[1], class_to_idx)
+
+
+def validation_images(
+    name: str,
+    root: Path,
+    download: bool,
+    image_size: tuple[int, int],
+    limit: int | None = None,
+    class_to_idx: dict[str, int] | None = None,
+) -> Dataset:
+    """Labelled images to score on: the test set of torchvision's, a folder's `val/`. Raises UserError.
+
+    `class_to_idx` says which label each class folder gets, where that is known; else they are numbered in order.
+    """
+    if name == "shapes":
+        return Shapes("val", 2000 if limit is None else limit, image_size)
+    if name in TORCHVISION_SETS:
+        return at_most(torchvision_set(name, "test", root, download), limit)
+    return at_most(class_folders(Path(name) / "val", class_to_idx), limit)
+
+
+def class_folders(folder: Path, class_to_idx: dict[str, int] | None = None) -> ClassFolders:
+    """`ClassFolders`, with one sentence for the user where there are none. Raises UserError."""
+    try:
+        return ClassFolders(folder, class_to_idx)
+    except OSError as error:
+        raise UserError(
+            f"--data: fine-tuning and --knn-every need train/ and val/ with a folder for each class, but of {folder}: "
+            f"{error}"
+        ) from None
+
+
+def labels_of(images: Dataset) -> list[int]:
+    """All labels, without reading an image."""
+    if isinstance(images, Subset):
+        labels = labels_of(images.dataset)
+        return [labels[i] for i in images.indices]
+    return [int(label) for label in (images.targets if hasattr(images, "targets") else images.labels)]
+
+
+def few_labels(images: Dataset, share: float | None, per_class: int | None, seed: int) -> Dataset:
+    """A random part of each class, at least one image: `share` of it, or `per_class` images (all if it has fewer).
+
+    The same seed draws the same images, and a smaller part lies within a larger one.
+    """
+    labels = labels_of(images)
+    order = torch.randperm(len(labels), generator=generator(seed, "few labels")).tolist()
+    counts = Counter(labels)
+    wanted = {label: per_class if share is None else max(1, round(share * n)) for label, n in counts.items()}
+    chosen, taken = [], Counter()
+    for i in order:
+        if taken[labels[i]] < wanted[labels[i]]:
+            taken[labels[i]] += 1
+            chosen.append(i)
+    return Subset(images, sorted(chosen))
 
 
 def torchvision_set(name: str, split: str, root: Path, download: bool) -> Dataset:
@@ -319,14 +445,53 @@ def pretraining_view(size: tuple[int, int], min_crop: float) -> Callable[[Tensor
     return v2.Compose([crop, v2.RandomHorizontalFlip()])
 
 
+class RandomErasing(v2.RandomErasing):
+    """torchvision's, filling the erased rectangle of uint8 pixels with noise of ImageNet's mean and deviation.
+
+    That is MAE's and timm's "pixel" mode, before normalisation instead of after it.
+    """
+
+    def __init__(self, probability: float):
+        super().__init__(probability, value="random")
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        params = super().make_params(flat_inputs)
+        if params["v"] is not None:
+            mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+            params["v"] = ((params["v"] * std + mean).clamp(0, 1) * 255).round().byte()
+        return params
+
+
+def finetuning_view(
+    size: tuple[int, int], min_crop: float, rand_augment: int, erasing: float
+) -> Callable[[Tensor], Tensor]:
+    """`pretraining_view`, then two operations of RandAugment at a strength of 0 (none) to 10, then RandomErasing."""
+    steps = [pretraining_view(size, min_crop)]
+    if rand_augment:
+        grey = [round(255 * mean) for mean in IMAGENET_MEAN]
+        bilinear = v2.InterpolationMode.BILINEAR
+        steps.append(v2.RandAugment(2, rand_augment, num_magnitude_bins=11, interpolation=bilinear, fill=grey))
+    if erasing:
+        steps.append(RandomErasing(erasing))
+    return v2.Compose(steps)
+
+
 class Views(Dataset):
     """Views of images by (epoch, index): (view uint8 (C, H, W), label, messages about unreadable files met on the way).
 
-    An unreadable file gives way to another image, drawn at random; `Unreadable` counts and decides when to stop.
+    An unreadable file gives way to another image, drawn at random, or with `replace=False` to a blank with label -1;
+    `engine.Unreadable` counts and decides when to stop.
     """
 
-    def __init__(self, images: Dataset, view: Callable[[Tensor], Tensor], channels: int = 3, seed: int = 0):
-        self.images, self.view, self.channels, self.seed = images, view, channels, seed
+    def __init__(
+        self,
+        images: Dataset,
+        view: Callable[[Tensor], Tensor],
+        channels: int = 3,
+        seed: int = 0,
+        replace: bool = True,
+    ):
+        self.images, self.view, self.channels, self.seed, self.replace = images, view, channels, seed, replace
 
     def __len__(self) -> int:
         return len(self.images)
@@ -346,27 +511,11 @@ class Views(Dataset):
                 return *self.images[index], unreadable
             except UnreadableImage as error:
                 unreadable.append(str(error))
+                if not self.replace:
+                    break
                 index = int(torch.randint(len(self), ()))
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, unreadable  # so many in a row: the loop will stop now
-
-
-class Unreadable:
-    """Names each unreadable file once and stops the run when more than a quarter of the files are."""
-
-    def __init__(self):
-        self.files: set[str] = set()
-        self.seen = self.failures = 0
-
-    def count(self, num_images: int, messages: list[str]) -> None:
-        """Take note of a batch. Raises UserError when there are too many failures."""
-        self.seen += num_images + len(messages)  # each failure was followed by another try
-        self.failures += len(messages)
-        for message in messages:
-            if message not in self.files:
-                self.files.add(message)
-                tqdm.write(f"skipped an unreadable image: {message}")
-        if self.failures > max(8, 0.25 * self.seen):
-            raise UserError(f"--data: {self.failures} of {self.seen} images are unreadable, such as {messages[-1]}")
+        # Twenty in a row (the loop will stop now), or one that is not to be replaced.
+        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, unreadable
 
 
 class EpochSampler(DistributedSampler):
@@ -401,9 +550,16 @@ def training_loader(views: Views, batch_size: int, workers: int, rank: int = 0, 
     )
 
 
-def evaluation_loader(views: Views, batch_size: int, workers: int) -> DataLoader:
-    """All views once, in order."""
-    keys = [(0, index) for index in range(len(views))]
+def evaluation_views(images: Dataset, size: tuple[int, int], channels: int) -> Views:
+    """What features and classifiers are scored on: the centre of each image, 8/7 smaller (256 -> 224, as is usual)."""
+    return Views(images, CenterView(size, margin=8 / 7), channels, replace=False)
+
+
+def evaluation_loader(
+    views: Views, batch_size: int, workers: int, rank: int = 0, num_processes: int = 1
+) -> DataLoader:
+    """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
+    keys = [(0, index) for index in range(rank, len(views), num_processes)]
     return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=collate)
 
 

@@ -1,15 +1,19 @@
-"""What a run needs that is not the method: command line, processes, seeds, schedules, optimizer, checkpoints, logs."""
+"""What a run needs that is not the method: command line, processes, seeds, schedules, the loop, checkpoints, logs."""
 
 import argparse
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,6 +24,17 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from ptr import CRITERIA, PLACEMENTS
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+# Flags that a resumed run may change: they leave the result as it is, but for rounding.
+FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume", "dry_run")
 
 
 class UserError(Exception):
@@ -49,6 +64,58 @@ def launch(main: Callable[[], None]) -> None:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+def flag_parser(description: str) -> argparse.ArgumentParser:
+    """A parser that shows a script's docstring as it is and takes no abbreviated flags."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+
+
+def add_flag(group: Any, flag: str, default: Any, text: str, **options: Any) -> None:
+    """A flag whose help ends with its default, and whose type is that of its default unless `options` say another."""
+    shown = "" if default is None or default is False else f" (default: {default})"
+    if isinstance(default, int | float) and not isinstance(default, bool):
+        options.setdefault("type", type(default))
+    group.add_argument(flag, default=default, help=text + shown, **options)
+
+
+def add_run_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[str, Any]], out: str, files: str) -> None:
+    """The flags about a run as such. `out` is its folder, `files` what it holds."""
+    group = parser.add_argument_group("run")
+
+    def add(*arguments: Any, **options: Any) -> None:
+        add_flag(group, *arguments, **options)
+
+    add("--recipe", "laptop", "settings to start from; flags given win", choices=recipes)
+    add("--out", out, f"run folder: {files}", metavar="FOLDER")
+    add("--resume", None, "continue the run in --out, or FILE, with its settings", nargs="?", const="", metavar="FILE")
+    add("--dry-run", False, "two steps of everything in a temporary folder, then exit", action="store_true")
+    add("--device", "auto", "cpu, cuda, mps, ...")
+    add("--precision", "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
+    add("--compile", False, "torch.compile the model: a slow start, faster steps", action="store_true")
+    add("--seed", 0, "of everything that is random")
+
+
+def add_ptr_flags(add: Callable[..., None]) -> None:
+    """The flags about where tokens are dropped, and which; how many, each script says."""
+    add("--drop-stages", 3, "how often tokens are dropped")
+    add("--drop-at", "start", "after the first block of each stage, the last, or the first blocks", choices=PLACEMENTS)
+    add("--drop-blocks", None, "drop after these blocks instead (0-based)", type=int, nargs="*", metavar="BLOCK")
+    add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
+
+
+def add_optimisation_flags(add: Callable[..., None], *, epochs: int, blr: float, warmup_epochs: float) -> None:
+    """The flags about steps and learning rates, with a script's defaults."""
+    add("--epochs", epochs, "passes over the data")
+    add("--batch-size", 64, "images a step, over all processes")
+    add("--micro-batch", None, "images at once in one process; gradients accumulate (default: all)", type=int)
+    add("--blr", blr, "learning rate per 256 images: lr = blr * batch size / 256")
+    add("--lr", None, "learning rate; overrides --blr", type=float)
+    add("--warmup-epochs", warmup_epochs, "epochs of linear warm-up")
+    add("--weight-decay", 0.05, "of matrices; none on biases, norms and tokens")
+    add("--clip-grad", 1.0, "largest norm of the gradient; 0: any")
+
+
 def parse_arguments(
     parser: argparse.ArgumentParser, recipes: dict[str, dict[str, Any]], argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -62,6 +129,54 @@ def parse_arguments(
     given = {name: value for name, value in parsed.items() if value is not unset}
     recipe = recipes[given.get("recipe", defaults["recipe"])]
     return argparse.Namespace(**(defaults | recipe | given)), given
+
+
+def resume_settings(
+    args: argparse.Namespace, given: dict[str, Any], method: str
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """With `--resume`: the settings of the checkpoint under the given ones, and the checkpoint. Else (args, None).
+
+    Raises UserError where there is no such checkpoint, or a given flag would change what is being trained.
+    """
+    if args.resume is None:
+        return args, None
+    path = Path(args.resume or Path(args.out) / "last.pt")
+    checkpoint = load_checkpoint(path)
+    needed = {"config", "history", "num_images", "epoch", "optimizer"}
+    if checkpoint.get("method") != method or not needed <= checkpoint.keys():
+        raise UserError(f"{path} is not a checkpoint of this script that can be continued (method {method}, last.pt)")
+    saved = checkpoint["config"]
+    check_settings(saved, {name: value for name, value in given.items() if name not in FREE}, path)
+    return argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | given)), checkpoint
+
+
+def check_values(
+    args: argparse.Namespace, at_least: dict[str, float], requirements: list[tuple[str, bool, str]]
+) -> None:
+    """Raise UserError for a number that makes no sense.
+
+    `at_least` gives smallest values, `requirements` (name, whether it holds, what is needed); the flags that all
+    training scripts share are checked besides. Sizes and ratios that must fit together the model checks.
+    """
+    at_least = dict(epochs=1, batch_size=1, micro_batch=1, workers=0, seed=0, weight_decay=0, clip_grad=0) | at_least
+    checks = [
+        (name, getattr(args, name) is None or getattr(args, name) >= low, f"{low} or more")
+        for name, low in at_least.items()
+    ]
+    checks += [
+        (name, getattr(args, name) is None or 0 < getattr(args, name) < math.inf, "positive and finite")
+        for name in ("blr", "lr")
+    ]
+    checks += [
+        ("seed", args.seed < 2**32, "below 2^32"),
+        ("warmup_epochs", 0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs = {args.epochs})"),
+        ("drop_path", 0 <= args.drop_path < 1, "in [0, 1)"),
+        ("min_crop", args.min_crop is None or 0 < args.min_crop <= 1, "in (0, 1]"),
+        ("image_size", len(args.image_size or ()) <= 2, "one number, or height and width"),
+    ]
+    for name, holds, need in checks + requirements:
+        if not holds:
+            raise UserError(f"--{name.replace('_', '-')} must be {need}, got {getattr(args, name)}")
 
 
 # --- processes and devices --------------------------------------------------------------------------------------------
@@ -147,6 +262,12 @@ def seed_generators(device: torch.device, *parts: int | str) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all it was given; a CPU always has."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """bf16 autocast for `bf16`, none for `fp32`; `auto` is bf16 on CUDA cards that have it."""
     if precision == "auto":
@@ -170,14 +291,32 @@ def ema_momentum(step: float, *, base: float, total: float) -> float:
     return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: matrices decay; biases, norms, class, mask and position tokens do not."""
-    decayed, free = [], []
+def layer_index(name: str, depth: int) -> int:
+    """Where a parameter of a ViT sits: 0 for what makes tokens, i + 1 for block i, depth + 1 for all behind them."""
+    block = re.search(r"\bblocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if re.search(r"\b(cls_token|pos_embed|patch_embed)\b", name) else depth + 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices decay; biases, norms, class, mask and position tokens do not.
+
+    With `layer_decay` the learning rate falls by that factor from each block to the one before it (BEiT, MAE): a
+    group's `lr_scale`, which is 1 for the head, is layer_decay^(depth + 1 - layer_index).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    depth = 1 + max((int(i) for name in names for i in re.findall(r"\bblocks\.(\d+)\.", name)), default=-1)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            is_token = name.endswith(("cls_token", "mask_token", "pos_embed"))
-            (free if parameter.ndim < 2 or is_token else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+            decays = parameter.ndim >= 2 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
+            lr_scale = layer_decay ** (depth + 1 - layer_index(name, depth))
+            groups.setdefault((lr_scale, weight_decay * decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+        for (lr_scale, decay), parameters in sorted(groups.items(), reverse=True)
+    ]
 
 
 def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
@@ -191,7 +330,339 @@ def batch_sizes(args: argparse.Namespace, world: World) -> tuple[int, int]:
     return micro_batch, share // micro_batch
 
 
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Unreadable:
+    """Names each unreadable file once and stops the run when more than a quarter of the files are."""
+
+    def __init__(self):
+        self.files: set[str] = set()
+        self.seen = self.failures = 0
+
+    def count(self, num_images: int, messages: list[str]) -> None:
+        """Take note of a batch. Raises UserError when there are too many failures."""
+        self.seen += num_images + len(messages)  # another image was read for each that could not be
+        self.failures += len(messages)
+        for message in messages:
+            if message not in self.files:
+                self.files.add(message)
+                tqdm.write(f"skipped an unreadable image: {message}")
+        if self.failures > max(8, 0.25 * self.seen):
+            raise UserError(f"--data: {self.failures} of {self.seen} images are unreadable, such as {messages[-1]}")
+
+
+class Trainer:
+    """The state of a run, and its step. A script says in a subclass what the loss is.
+
+    `model` is the bare model, `runner` what is called: under DDP, compiled. `parts` are the modules a checkpoint holds,
+    by the names they have there. Group learning rates are the schedule's times the group's `lr_scale`.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: nn.Module,
+        parts: dict[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        loader: DataLoader,
+        accumulate: int,
+        world: World,
+    ):
+        self.args, self.parts, self.optimizer, self.loader = args, parts, optimizer, loader
+        self.accumulate, self.world = accumulate, world
+        self.model = model
+        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.ddp = DistributedDataParallel(model) if world.size > 1 else None
+        self.runner = self.ddp or model
+        if args.compile:
+            self.runner = torch.compile(self.runner)
+        self.steps_per_epoch = len(loader) // accumulate
+        if not self.steps_per_epoch:
+            raise UserError(f"--batch-size {args.batch_size} is more than the {len(loader.dataset)} images of --data")
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.peak_lr = args.lr if args.lr is not None else args.blr * args.batch_size / 256
+        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.waited = 0.0  # seconds, for data
+        self.unreadable = Unreadable()
+
+    # What a script says:
+
+    def loss(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss of a micro-batch and statistics (K,), detached, to be averaged over the batch and all processes."""
+        raise NotImplementedError
+
+    def example(self) -> tuple[Tensor, ...]:
+        """A micro-batch of noise, to time the step with."""
+        raise NotImplementedError
+
+    def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
+        """Scalars to log, from the averaged statistics (K,)."""
+        return {}
+
+    def schedule(self, step: int) -> dict[str, float]:
+        """What changes with the step: the learning rate."""
+        warmup = self.args.warmup_epochs * self.steps_per_epoch
+        return dict(lr=warmup_cosine(step, peak=self.peak_lr, total=self.total_steps, warmup=warmup))
+
+    def after_step(self, settings: dict[str, float]) -> None:
+        """What follows each optimizer step that was taken; `settings` are the schedule's."""
+
+    def micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, ...]]:
+        """What `loss` gets, for each micro-batch of one step: images (b, C, H, W), uint8, and labels (b,)."""
+        for _ in range(self.accumulate):
+            start = time.perf_counter()
+            images, labels, messages = next(batches)
+            self.waited += time.perf_counter() - start
+            self.unreadable.count(len(images), messages)
+            yield images, labels
+
+    # What is the same for all:
+
+    def backward(self, *batch: Tensor, last: bool) -> Tensor:
+        """Add the gradients of one micro-batch; returns the loss and the statistics, detached: (1 + K,)."""
+        sync = contextlib.nullcontext() if last or self.ddp is None else self.ddp.no_sync()
+        with sync:
+            loss, statistics = self.loss(*batch)
+            (loss / self.accumulate).backward()
+        return torch.cat([loss.detach()[None], statistics])
+
+    def train_step(self, batches: Iterator) -> dict[str, float]:
+        """One optimizer step on `accumulate` micro-batches; skipped if anything is not finite."""
+        settings = self.schedule(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings["lr"] * group["lr_scale"]
+        # What drop path and the like draw from; each process draws its own.
+        seed_generators(self.world.device, self.args.seed, "step", self.step, self.world.rank)
+        total = torch.zeros((), device=self.world.device)
+        for i, batch in enumerate(self.micro_batches(batches)):
+            total = total + self.backward(*batch, last=i == self.accumulate - 1) / self.accumulate
+        grad_norm = nn.utils.clip_grad_norm_(self.trainable, self.args.clip_grad or math.inf)
+
+        # DDP has averaged the gradients and this the rest: all processes see, and decide, the same. Reading the numbers
+        # waits for the device, once a step: a step that is not finite must not reach the weights.
+        total = mean_over_processes(total)
+        metrics = dict(loss=total[0], **self.metrics(total[1:]), grad_norm=grad_norm)
+        metrics = dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+        self.step += 1
+        if math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]):
+            self.optimizer.step()
+            self.after_step(settings)
+            self.skipped_in_a_row = 0
+        else:
+            self.skip()
+        self.optimizer.zero_grad()
+        return metrics
+
+    def skip(self) -> None:
+        """Count a step that was not taken. Raises UserError after too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise UserError(
+                f"the loss was not finite {MAX_SKIPPED_IN_A_ROW} steps in a row (step {self.step}): lower --blr or "
+                "--lr, or use --precision fp32. The last checkpoint is from before"
+            )
+
+    def train_epoch(self, epoch: int, steps: int) -> dict[str, Any]:
+        """`steps` steps of epoch number `epoch` (from 0); returns the row for metrics.jsonl."""
+        self.model.train()
+        self.loader.sampler.set_epoch(epoch)
+        self.waited = 0.0
+        batches, rows, start = iter(self.loader), [], time.perf_counter()
+        bar = tqdm(range(steps), f"epoch {epoch + 1}/{self.args.epochs}", leave=False, disable=not self.world.is_main)
+        for _ in bar:
+            rows.append(self.train_step(batches))
+            bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}")
+        seconds = time.perf_counter() - start
+        good = [row for row in rows if all(map(math.isfinite, row.values()))]
+        mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
+        row = dict(epoch=epoch + 1, step=self.step, loss=mean.pop("loss"), **self.schedule(self.step - 1), **mean)
+        return row | dict(
+            skipped=self.skipped,
+            images_per_second=steps * self.args.batch_size / seconds,
+            data_wait=self.waited / seconds,
+        )
+
+    def seconds_per_step(self) -> float:
+        """Time a few forward and backward passes on noise, without a step: what the run will take."""
+        example = self.example()
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]  # BatchNorm's would move
+        for i in range(5):
+            if i == 2:  # the first ones are slow: allocation, compilation
+                start = time.perf_counter()
+            self.backward(*example, last=True)[0].item()
+            self.optimizer.zero_grad()
+        seconds = (time.perf_counter() - start) / 3 * self.accumulate
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        return seconds
+
+    def describe_steps(self) -> str:
+        """Two lines on what is about to happen, and how long it will take here."""
+        args = self.args
+        micro_batch = args.batch_size // self.world.size // self.accumulate
+        rate = "--lr" if args.lr is not None else f"{args.blr:g} * {args.batch_size} / 256"
+        seconds = self.seconds_per_step() * (self.total_steps - self.step)
+        return (
+            f"steps   {self.total_steps:,}, each {args.batch_size} images = {self.world.size} process(es) x "
+            f"{self.accumulate} micro-batch(es) x {micro_batch}; peak learning rate {self.peak_lr:.3g} = {rate}\n"
+            f"time    about {duration(seconds)} on {self.world.device}"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that a resumed run needs. Random draws are seeded by step and image: there is no generator state."""
+        return {name: part.state_dict() for name, part in self.parts.items()} | dict(
+            optimizer=self.optimizer.state_dict(),
+            step=self.step,
+            skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
+        )
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned. Raises UserError where it does not fit."""
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.skipped = state["step"], state["skipped"]
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"the checkpoint does not fit this version of the model ({error})") from None
+
+
+def fit(
+    trainer: Trainer,
+    run: dict[str, Any],
+    checkpoint: dict[str, Any] | None,
+    announce: Callable[[], str],
+    score: Callable[[int, bool], dict[str, float]],
+    describe: Callable[[dict[str, Any]], str],
+    best: str | None = None,
+) -> list[dict[str, Any]]:
+    """Train to the end, from the start or from where `checkpoint` was written; returns the rows of the log.
+
+    `run` is what a checkpoint holds besides the trainer's state; `announce` says what is about to happen.
+    `score(epoch, is_last)` runs on all processes, at the start (epoch 0) and after each epoch; the first one's result
+    joins the row that `describe` puts into words. The epoch with the highest score of name `best` is kept in best.pt.
+    """
+    args, world = trainer.args, trainer.world
+    epoch, history = 0, []
+    if checkpoint is not None:
+        if checkpoint["num_images"] != run["num_images"]:
+            raise UserError(
+                f"--data has {run['num_images']} images here, {checkpoint['num_images']} in the run to resume"
+            )
+        trainer.load_state(checkpoint)
+        epoch, history = checkpoint["epoch"], checkpoint["history"]
+
+    announcement = announce()  # by all processes: it times their steps
+    with tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out) as folder:
+        if world.is_main:
+            out = prepare_folder(args, Path(folder))
+            print(announcement)
+
+        def save() -> None:
+            """Log, then checkpoints, which hold the log too: a resumed run writes it anew from there."""
+            content = run | dict(epoch=epoch, history=history) | trainer.state()
+            write_log(out / "metrics.jsonl", history)
+            if best and history and history[-1][best] == max(row[best] for row in history):
+                save_checkpoint(out / "best.pt", {name: content[name] for name in content if name != "optimizer"})
+            save_checkpoint(out / "last.pt", content)
+
+        if checkpoint is None:
+            scores = score(0, False)
+            if world.is_main:
+                history += [dict(epoch=0, step=0) | scores] if scores else []
+                save()  # --resume works from the first moment
+        elif world.is_main:
+            write_log(out / "metrics.jsonl", history)
+
+        steps, last = trainer.steps_per_epoch, args.epochs
+        if args.dry_run:
+            steps, last = min(2, steps), epoch + 1
+        while epoch < last:
+            row = trainer.train_epoch(epoch, steps)
+            epoch += 1
+            row |= score(epoch, epoch == last)
+            if world.is_main:
+                history.append(row)
+                save()
+                tqdm.write(describe(row))
+    return history
+
+
 # --- evaluation -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict(
+    function: Callable[[Tensor], Tensor],
+    loader: DataLoader,
+    normalize: nn.Module,
+    precision: str,
+    unreadable: Unreadable,
+) -> tuple[Tensor, Tensor] | None:
+    """`function` of every readable image, each exactly once, and the labels: float32 (n, ...), (n,), on the CPU.
+
+    Each process works on its share of the images (`data.evaluation_loader` deals them out). The first one gets the
+    results of all, the others None.
+    """
+    device = normalize.mean.device
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    results: list[tuple[Tensor, Tensor]] = []
+    for images, labels, messages in tqdm(loader, "scoring", leave=False, disable=not is_main):
+        unreadable.count(len(images), messages)
+        with autocast(device, precision):
+            outputs = function(normalize(images)).float().cpu()
+        results.append((outputs[labels >= 0], labels[labels >= 0]))
+    gathered = [results]
+    if dist.is_initialized():
+        gathered = [None] * dist.get_world_size() if is_main else None
+        dist.gather_object(results, gathered)
+    if not is_main:
+        return None
+    all_outputs, all_labels = zip(*itertools.chain(*gathered), strict=True)
+    return torch.cat(all_outputs), torch.cat(all_labels)
+
+
+def topk_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
+    """Share of labels (n,) among the `k` largest of their logits (n, classes); all of them where there are fewer."""
+    top = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    return (top == labels[:, None]).any(dim=1).double().mean().item()
+
+
+def class_accuracy(logits: Tensor, labels: Tensor) -> list[tuple[int, float]]:
+    """Per class, how many images it has and the share of them that is right (nan where it has none)."""
+    right = (logits.argmax(dim=1) == labels).double()
+    counts = torch.bincount(labels, minlength=logits.shape[1])
+    hits = torch.bincount(labels, weights=right, minlength=logits.shape[1])
+    return list(zip(counts.tolist(), (hits / counts).tolist(), strict=True))
+
+
+def count_macs(model: nn.Module, image: Tensor) -> int:
+    """Multiply-accumulates of convolutions, linear layers and attention products for one image (1, C, H, W).
+
+    Counted on a copy without storage: there, attention is two matrix products that torch's counter sees.
+    """
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(model).to("meta").eval()(image.to("meta"))
+    return counter.get_total_flops() // 2
+
+
+@torch.no_grad()
+def images_per_second(functions: list[Callable[[], Any]], batch_size: int, device: torch.device) -> list[float]:
+    """Median speed of each function, which takes `batch_size` images, measured by turns in seven rounds."""
+
+    def seconds(function: Callable[[], Any]) -> float:
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        return time.perf_counter() - start
+
+    rounds = [[seconds(function) for function in functions] for _ in range(8)][1:]  # the first one warms up
+    return [batch_size / sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True)]
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,10 +674,13 @@ def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
     """Accuracy in [0, 1] of a vote among the `k` nearest of a bank (n, D), weighted by exp(cosine / .07) as in DINO."""
     bank, queries = (F.normalize(x, dim=1) for x in standardise(bank, queries))
-    similarity, neighbours = (queries @ bank.T).topk(min(k, len(bank)), dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1, device=queries.device)
-    votes.scatter_add_(1, bank_labels[neighbours], (similarity / 0.07).exp())
-    return (votes.argmax(dim=1) == query_labels).float().mean().item()
+    num_right = 0
+    for some, labels in zip(queries.split(1000), query_labels.split(1000), strict=True):  # n x n would not fit
+        similarity, neighbours = (some @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(some), int(bank_labels.max()) + 1, device=some.device)
+        votes.scatter_add_(1, bank_labels[neighbours], (similarity / 0.07).exp())
+        num_right += (votes.argmax(dim=1) == labels).sum().item()
+    return num_right / len(queries)
 
 
 def linear_accuracy(

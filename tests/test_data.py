@@ -1,5 +1,6 @@
 """Images in, uint8 batches out: every file format, broken files, the same views however they are loaded, the sets."""
 
+import argparse
 import hashlib
 import math
 import os
@@ -16,8 +17,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import data
-from data import SHAPES, CenterView, ImageFiles, Normalize, Shapes, Unreadable, UnreadableImage, Views, read_image
-from engine import UserError
+from data import SHAPES, CenterView, ImageFiles, Normalize, Shapes, UnreadableImage, Views, read_image
+from engine import Unreadable, UserError
 
 ORIENTATION = 0x112  # EXIF tag
 
@@ -712,9 +713,9 @@ def test_labelled_folders_that_do_not_fit(tmp_path):
     image_net(tmp_path / "empty class")
     (tmp_path / "empty class" / "train" / "cow").mkdir()
     for name in ("differ", "no val", "flat", "empty class", "missing"):
-        with pytest.raises(UserError, match="--knn-every") as error:
+        with pytest.raises(UserError, match="lack: cow" if name == "differ" else "--knn-every need") as error:
             data.labelled_images(str(tmp_path / name), Path("data"), False, (8, 8))
-        assert str(tmp_path / name) in str(error.value)
+        assert "--data" in str(error.value) and str(tmp_path / name) in str(error.value)
 
 
 def test_a_file_in_place_of_a_folder_of_classes(tmp_path):
@@ -815,7 +816,12 @@ def test_grey_views():
 
 
 @pytest.mark.parametrize("name", ["shapes", "cifar10", "cifar100", "stl10", "some/folder"])
-def test_defaults_fit_together(name):
-    settings = data.defaults(name)
-    assert settings.keys() == {"image_size", "patch_size", "min_crop", "knn_every"}
-    assert settings["image_size"][0] % settings["patch_size"] == 0 and 0 < settings["min_crop"] <= 1
+def test_what_is_filled_in_fits_together(name):
+    unset = dict.fromkeys(("image_size", "patch_size", "min_crop", "knn_every", "workers"))
+    args = argparse.Namespace(data=name, **unset)
+    data.fill_in(args)
+    assert args.image_size[0] % args.patch_size == 0 and 0 < args.min_crop <= 1
+    assert args.knn_every >= 0 and args.workers >= 0
+    given = argparse.Namespace(data=name, image_size=[7], workers=3, patch_size=None)
+    data.fill_in(given)  # and what a script does not have stays away
+    assert vars(given) == dict(data=name, image_size=[7], workers=3, patch_size=args.patch_size)
