@@ -745,11 +745,17 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU without running anything that a pickle may hold. Raises UserError."""
+    """Read a checkpoint, ours or a public one, to the CPU without running anything a pickle may hold. Raises UserError.
+
+    The settings that many public files hold as argparse.Namespace are plain values in a wrapper, and let in.
+    """
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not loaded: it is no checkpoint, or holds more than tensors and values") from None
     except Exception as error:  # on damaged files torch's unpickler raises nearly every kind
@@ -757,6 +763,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as timm's are published: length of a JSON header, the header, then the raw numbers."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        numbers = bytearray(content[start + first : start + last])
+        tensors[name] = torch.frombuffer(numbers, dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return tensors
 
 
 def check_settings(saved: dict[str, Any], wanted: dict[str, Any], path: Path) -> None:

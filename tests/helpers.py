@@ -1,0 +1,132 @@
+"""What the tests of the scripts share: calling them, looking at what they leave behind, getting in their way."""
+
+import functools
+import itertools
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import engine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def flags(settings):
+    """{"batch_size": 4, "resume": True, "image_size": [8, 16]} -> --batch-size 4 --resume --image-size 8 16"""
+    words = []
+    for name, value in settings.items():
+        if value is not None:
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def load(out):
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def log(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+run_process = functools.partial(subprocess.run, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def identical(a, b):
+    """Equal to the last bit, at any depth."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(identical(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(identical, a, b))
+    return a == b
+
+
+def timeless(rows):
+    return [{name: row[name] for name in row if name not in ("images_per_second", "data_wait")} for row in rows]
+
+
+def assert_same_run(a, b):
+    """Two run folders hold the same bits, but for how long things took."""
+    x, y = load(a), load(b)
+    for part in x:
+        if part == "history":
+            assert timeless(x[part]) == timeless(y[part]) == timeless(log(a)) == timeless(log(b))
+        elif part == "config":
+            assert settled(x[part]) == settled(y[part])
+        else:
+            assert identical(x[part], y[part]), part
+
+
+def settled(config):
+    return {name: value for name, value in config.items() if name not in engine.FREE}
+
+
+def tensors(content):
+    """All tensors at any depth, in order."""
+    if isinstance(content, torch.Tensor):
+        return [content]
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    return [tensor for value in values for tensor in tensors(value)]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def copy_of(run, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    for name, content in contents(run).items():
+        (out / name).write_bytes(content)
+    return out
+
+
+def wrap(monkeypatch, owner, name, before=None, after=None):
+    """Call `before(*args)` and `after(*args)` around each call of a function or method."""
+    honest = getattr(owner, name)
+
+    def wrapper(*args, **kwargs):
+        if before:
+            before(*args)
+        result = honest(*args, **kwargs)
+        if after:
+            after(*args)
+        return result
+
+    monkeypatch.setattr(owner, name, wrapper)
+
+
+def interrupt(monkeypatch, owner, name, calls):
+    """Ctrl-C when a function is called once more after `calls` calls."""
+    count = itertools.count()
+
+    def stop(*_):
+        if next(count) == calls:
+            raise KeyboardInterrupt
+
+    wrap(monkeypatch, owner, name, before=stop)
+
+
+def write_images(folder, count=16, size=(24, 20)):
+    """Files of many kinds, at several depths."""
+    kinds = [("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "bmp"), ("RGB", "webp"), ("1", "tif")]
+    for i in range(count):
+        mode, suffix = kinds[i % len(kinds)]
+        path = folder / ("deep/er" if i % 3 else ".") / f"{i}.{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(i)).byte()
+        Image.fromarray(pixels.numpy()).convert(mode).save(path)
+    return folder
+
+
+def write_classes(folder):
+    for split, name in itertools.product(("train", "val"), ("cat", "dog")):
+        write_images(folder / split / name, 8)
+    return folder
