@@ -366,7 +366,7 @@ def table(
         tokens = token_counts(model.encoder.num_patches, len(model.encoder.blocks), model.ptr)[-1]
         macs = engine.count_macs(model, image) / 1e9
         line = (
-            f"  {ratio:5.3g}  {tokens:6}  {macs:7.3f}  {score['top1']:6.1%}  {score['top5']:6.1%}  {speed:8,.0f}  "
+            f"  {ratio:5.3g}  {tokens:6}  {macs:7.4g}  {score['top1']:6.1%}  {score['top5']:6.1%}  {speed:8,.0f}  "
             f"{speed / speeds[0]:7.2f}x  |"
         )
         if ratio in POSTER:

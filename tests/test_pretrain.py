@@ -18,6 +18,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import data
+import engine
+import model
+import pretrain
+from engine import UserError
 from helpers import (
     ENVIRONMENT,
     ROOT,
@@ -35,12 +41,6 @@ from helpers import (
     write_classes,
     write_images,
 )  # fmt: skip
-
-import data
-import engine
-import model
-import pretrain
-from engine import UserError
 
 # 4 steps an epoch, 8 in all, in a quarter of a second.
 TINY = dict(
