@@ -160,7 +160,7 @@ def check_values(
     """
     at_least = dict(epochs=1, batch_size=1, micro_batch=1, workers=0, seed=0, weight_decay=0, clip_grad=0) | at_least
     checks = [
-        (name, getattr(args, name) is None or getattr(args, name) >= low, f"{low} or more")
+        (name, getattr(args, name) is None or low <= getattr(args, name) < math.inf, f"{low} or more, and finite")
         for name, low in at_least.items()
     ]
     checks += [

@@ -62,8 +62,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--linear-probe", False, "train a linear classifier on the frozen encoder", action="store_true")
     add("--knn", None, "score the frozen features of --init by their K nearest neighbours (K: 20)", type=int, nargs="?",
         const=20, metavar="K")
-    add("--eval", None, "score a classifier: a checkpoint of this script, or a public ViT with its head, at each "
-        "--drop-ratio", metavar="FILE")
+    add("--eval", None, "score a classifier, a checkpoint of this script or a public ViT with its head, at each "
+        "--drop-ratio, on all validation images or --limit of them", metavar="FILE")
     add("--export", None, "write the encoder of --init, and its head if it has one, for timm", metavar="FILE")
 
     engine.add_run_flags(parser, RECIPES, "runs/finetune", "args.json, metrics.jsonl, last.pt, best.pt")
@@ -115,12 +115,14 @@ def read_settings(
     args, given = engine.parse_arguments(arguments(), RECIPES, argv)
     if args.linear_probe:
         args = argparse.Namespace(**(vars(args) | PROBE_RECIPES[args.recipe] | given))
-    args, checkpoint = engine.resume_settings(args, given, "finetune")
-    args.pool = args.pool or (None if args.eval else "mean")
     modes = ["linear_probe", "knn", "eval", "export"]
     chosen = [f"--{mode.replace('_', '-')}" for mode in modes if getattr(args, mode) not in (None, False)]
+    if args.resume is not None and not args.linear_probe:
+        chosen.append("--resume")
     if len(chosen) > 1:
         raise UserError(f"choose one of {' and '.join(chosen)}")
+    args, checkpoint = engine.resume_settings(args, given, "finetune")
+    args.pool = args.pool or (None if args.eval else "mean")
     if args.label_fraction is not None and args.labels_per_class is not None:
         raise UserError("choose one of --label-fraction and --labels-per-class")
     if len(args.drop_ratio) > 1 and not args.eval:
@@ -160,7 +162,8 @@ def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, l
         raise UserError(f"--init {args.init}: {error}") from None
     for name in ("patch_size", "channels"):
         setattr(args, name, encoder.arguments[name])
-    args.image_size = list(encoder.image_size)
+    if args.image_size is None:
+        args.image_size = list(encoder.image_size)
     data.fill_in(args)
     return encoder
 
@@ -299,7 +302,7 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> None:
     """`--eval`: accuracy, work and speed of a classifier at each drop ratio, beside the poster's."""
     checkpoint = engine.load_checkpoint(Path(args.eval))
-    saved = checkpoint["config"] if "method" in checkpoint else {}
+    saved = checkpoint.get("config", {})  # of a public file nothing is known
     args = argparse.Namespace(**(vars(args) | {name: saved[name] for name in KEPT if name in saved} | given))
     size = None if args.image_size is None else data.sides(args.image_size)
     log = print if world.is_main else lambda text: None
@@ -314,9 +317,8 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     names = checkpoint.get("classes")  # of a public file they are taken to be the data's, in order
     with engine.one_at_first(world, needed=args.download):
         numbers = names and {name: i for i, name in enumerate(names)}
-        val = data.validation_images(
-            args.data, Path(args.data_root), args.download, encoder.image_size, class_to_idx=numbers
-        )
+        root, size = Path(args.data_root), encoder.image_size
+        val = data.validation_images(args.data, root, args.download, size, args.limit, numbers)
     found = data.classes_of(val)
     if found != (names or found) or len(found) != model.head.out_features:
         raise UserError(

@@ -462,7 +462,7 @@ def load_encoder(
     ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's numbers are there.
     """
     tensors = find_weights(checkpoint, weights)
-    if "method" in checkpoint:  # ours says what it is
+    if "method" in checkpoint and "encoder" in checkpoint:  # ours says what it is
         arguments = checkpoint["encoder"]
     else:
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", {}))

@@ -288,10 +288,19 @@ def test_resumed_without_the_file_of_init(tmp_path, pretrained):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_the_same_command_with_resume(finished, tmp_path):
+    """All flags again, sizes included, and a flag that changes nothing."""
+    shutil.copytree(finished, tmp_path / "run")
+    train(tmp_path / "run", SCRATCH, resume=True, workers=1)
+    assert_same_run(tmp_path / "run", finished)
+
+
 def test_resume_refuses_other_settings_and_the_best(finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(UserError, match="--mixup 0.0 there, 0.5 here"):
         run(out=tmp_path / "run", resume=True, mixup=0.5)
+    with pytest.raises(UserError, match="choose one of --eval and --resume"):
+        run(out=tmp_path / "run", resume=True, eval=tmp_path / "run" / "best.pt")
     with pytest.raises(UserError, match="best.pt is not a checkpoint of this script that can be continued"):
         run(out=tmp_path / "run", resume=tmp_path / "run" / "best.pt")
 
@@ -545,6 +554,7 @@ MISTAKES = {
     "both": (dict(labels_per_class=1, label_fraction=0.5), "one of --label-fraction and --labels-per-class"),
     "smoothing": (dict(smoothing=1), "--smoothing"),
     "mixup": (dict(mixup=-1), "--mixup"),
+    "endless mixup": (dict(mixup="inf"), "--mixup"),
     "cutmix": (dict(cutmix="nan"), "--cutmix"),
     "augment": (dict(rand_augment=11), "--rand-augment"),
     "erasing": (dict(erasing=1.5), "--erasing"),
