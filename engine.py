@@ -744,11 +744,12 @@ def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
     replace_file(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ours or a public one, to the CPU without running anything a pickle may hold. Raises UserError.
 
     The settings that many public files hold as argparse.Namespace are plain values in a wrapper, and let in.
     """
+    path = Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:

@@ -155,7 +155,7 @@ def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, l
             sizes = MODELS[args.model] | sizes | dict(channels=args.channels)
             encoder = ViT(data.sides(args.image_size), args.patch_size, **sizes, drop_path=args.drop_path)
         else:
-            source = engine.load_checkpoint(Path(args.init))
+            source = engine.load_checkpoint(args.init)
             options = dict(weights=args.weights, image_size=size, heads=args.heads, drop_path=args.drop_path, log=log)
             encoder = load_encoder(source, **options)
     except (ValueError, KeyError, TypeError) as error:
@@ -301,7 +301,7 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> None:
     """`--eval`: accuracy, work and speed of a classifier at each drop ratio, beside the poster's."""
-    checkpoint = engine.load_checkpoint(Path(args.eval))
+    checkpoint = engine.load_checkpoint(args.eval)
     saved = checkpoint.get("config", {})  # of a public file nothing is known
     args = argparse.Namespace(**(vars(args) | {name: saved[name] for name in KEPT if name in saved} | given))
     size = None if args.image_size is None else data.sides(args.image_size)
@@ -368,7 +368,7 @@ def table(
         tokens = token_counts(model.encoder.num_patches, len(model.encoder.blocks), model.ptr)[-1]
         macs = engine.count_macs(model, image) / 1e9
         line = (
-            f"  {ratio:5.3g}  {tokens:6}  {macs:7.4g}  {score['top1']:6.1%}  {score['top5']:6.1%}  {speed:8,.0f}  "
+            f"  {ratio:5.3g}  {tokens:6}  {macs:7.4g}  {score['top1']:6.1%}  {score['top5']:6.1%}  {speed:8,.1f}  "
             f"{speed / speeds[0]:7.2f}x  |"
         )
         if ratio in POSTER:
@@ -431,7 +431,7 @@ def timm_call(model: ViT | Classifier) -> str:
 def export(args: argparse.Namespace) -> None:
     """`--export`: write the classifier in --init, or where it has no head the encoder, as timm's models load it."""
     try:
-        checkpoint = engine.load_checkpoint(Path(args.init))
+        checkpoint = engine.load_checkpoint(args.init)
         size = None if args.image_size is None else data.sides(args.image_size)
         try:
             model = load_classifier(checkpoint, image_size=size, heads=args.heads)
