@@ -59,7 +59,8 @@ def few_images_to_score():
         honest = data.validation_images
 
         def some(name, root, download, image_size, limit=None, class_to_idx=None):
-            return honest(name, root, download, image_size, 50 if name == "shapes" else limit, class_to_idx)
+            limit = 50 if name == "shapes" and limit is None else limit
+            return honest(name, root, download, image_size, limit, class_to_idx)
 
         patch.setattr(data, "validation_images", some)
         yield
@@ -243,11 +244,15 @@ def test_mixing(size):
     assert size == 1 or kinds == {True, False}  # CutMix leaves pixels as they are, MixUp none
     assert finetune.mixing(0, 0, 10) is None
     for alphas, kind in (((0.8, 0), "MixUp"), ((0, 1), "CutMix")):
-        assert [type(only).__name__ for only in finetune.mixing(*alphas, 10).transforms] == [kind]
+        (only,) = finetune.mixing(*alphas, 10).transforms
+        assert type(only).__name__ == kind and only.alpha == max(alphas)
 
 
-def test_an_odd_batch_with_everything(tmp_path):
+def test_an_odd_batch_with_everything(tmp_path, monkeypatch):
+    views = []
+    wrap(monkeypatch, data, "finetuning_view", before=lambda *settings: views.append(settings))
     checkpoint = train(tmp_path, RANDOM, batch_size=9, limit=50)
+    assert views == [((16, 16), 0.5, 9, 0.5)]
     assert checkpoint["step"] == 15 and all(math.isfinite(row["loss"]) for row in log(tmp_path))
 
 
@@ -382,7 +387,7 @@ def test_linear_probe_trains_the_head_alone(tmp_path, pretrained):
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
 def test_knn(tmp_path, pretrained, capsys, pool):
-    run(init=pretrained, knn=7, limit=64, pool=pool, device="cpu")
+    run(init=pretrained, knn=7, limit=64, pool=pool, drop_path=0.9, device="cpu")
     encoder = model.load_encoder(torch.load(pretrained, weights_only=True), log=lambda _: None).eval()
     sets = []
     for images in (data.Shapes("train", 64, (16, 16)), data.Shapes("val", 50, (16, 16))):
@@ -391,6 +396,13 @@ def test_knn(tmp_path, pretrained, capsys, pool):
         sets += [tokens[:, 0] if pool == "class" else tokens[:, 1:].mean(dim=1), torch.tensor(images.labels)]
     expected = engine.knn_accuracy(*sets, k=7)
     assert f"top-1 {expected:.1%} by 7 nearest neighbours" in capsys.readouterr().out
+
+
+def test_knn_with_dropped_tokens(monkeypatch, pretrained):
+    seen = []
+    wrap(monkeypatch, model.Block, "forward", before=lambda _, x: seen.append(x.shape[1]))
+    run(init=pretrained, knn=7, limit=64, drop_ratio=0.5, drop_blocks=0)
+    assert set(zip(seen[::2], seen[1::2], strict=True)) == {(17, 9)}
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -412,7 +424,7 @@ def test_eval_sweeps_ratios(finished, capsys):
     for ratio in rows:
         logits, labels = scored(finished / "last.pt", ptr=PTR((0,), ratio))
         assert rows[ratio][2] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.06)
-    assert rows[0][5] == 1 and all(row[4] > 0 for row in rows.values())
+    assert all(row[4] > 0 and row[5] == pytest.approx(row[4] / rows[0][4], abs=0.01) for row in rows.values())
     assert "17.57  83.8%     1.00x" in text and "9.53  82.6%     1.88x" in text  # the poster has no row for .25
     assert "25" not in [word for line in text.splitlines() if "0.25" in line for word in line.split("|")[1].split()]
 
@@ -445,6 +457,17 @@ def test_a_public_classifier_is_scored(tmp_path, capsys):
         logits = classifier.eval()(data.Normalize()(val.images))
     expected = 100 * (logits.argmax(dim=1) == torch.tensor(val.labels)).float().mean().item()
     assert rows_of(capsys.readouterr().out)[0][2] == pytest.approx(expected, abs=0.06)
+
+
+def test_a_linear_probe_is_scored_in_evaluation_mode(tmp_path, pretrained, capsys):
+    """A part of the images, on which BatchNorm's own statistics would give other results."""
+    train(tmp_path, TINY | dict(init=pretrained, linear_probe=True))
+    capsys.readouterr()
+    run(eval=tmp_path / "last.pt", limit=20)
+    text = capsys.readouterr().out
+    logits, labels = scored(tmp_path / "last.pt", frozen=True)
+    expected = 100 * (logits[:20].argmax(dim=1) == labels[:20]).float().mean().item()
+    assert "20 images to validate" in text and rows_of(text)[0][2] == pytest.approx(expected, abs=0.06)
 
 
 def test_scoring_at_another_size(finished, capsys):
@@ -607,6 +630,10 @@ def test_classes_that_do_not_fit(tmp_path, finished):
     folder = write_classes(tmp_path / "images")
     with pytest.raises(UserError, match="cat, dog"):
         run(eval=finished / "last.pt", data=folder)
+    checkpoint = torch.load(finished / "last.pt", weights_only=True)
+    torch.save(checkpoint | dict(classes=list("abcdefghij")), tmp_path / "letters.pt")
+    with pytest.raises(UserError, match="tells 10 classes apart, but --data shapes has other ones"):
+        run(eval=tmp_path / "letters.pt")
     one = tmp_path / "one"
     for split in ("train", "val"):
         write_images(one / split / "cat", 8)
