@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import itertools
 import math
 import os
 import pickle
@@ -14,11 +15,11 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 import data
-from data import SHAPES, CenterView, ImageFiles, Normalize, Shapes, UnreadableImage, Views, read_image
-from engine import Unreadable, UserError
+from data import SHAPES, CenterView, ClassFolders, ImageFiles, Normalize, Shapes, UnreadableImage, Views, read_image
+from engine import Unreadable, UserError, flag_parser
 
 ORIENTATION = 0x112  # EXIF tag
 
@@ -279,6 +280,13 @@ def test_finds_images_at_any_depth_whatever_they_are_called(tmp_path):
     assert len(ImageFiles(tmp_path)) == len(images)
 
 
+def test_hidden_files_are_no_images(tmp_path):
+    touch(tmp_path, "a/photo.jpg", "a/._photo.jpg", ".hidden.png", "a/.jpg", ".folder/b.png")
+    assert found_in(tmp_path) == [os.path.join(".folder", "b.png"), os.path.join("a", "photo.jpg")]
+    names = ["x/a.jpg", "A.JPEG", "x.y/.z/a.tar.webp", "x/.a.jpg", "._A.JPEG", "a.txt", "jpg", "x.png/notes"]
+    assert [data.is_image_file(os.path.join(*name.split("/"))) for name in names] == [True] * 3 + [False] * 5
+
+
 def test_follows_links_once(tmp_path):
     touch(tmp_path / "set", "a/1.png", "a/2.png")
     touch(tmp_path / "elsewhere", "3.png")
@@ -394,8 +402,15 @@ class Numbered(Dataset):
         return self.images[index], index
 
 
-def numbered_views(length=24, seed=0):
-    return Views(Numbered(length), data.pretraining_view((8, 8), 0.2), seed=seed)
+VIEWS = {
+    "pre-training": data.pretraining_view((8, 8), 0.2),
+    "fine-tuning": data.finetuning_view((8, 8), 0.2, rand_augment=9, erasing=0.5),
+}
+either_view = pytest.mark.parametrize("view", VIEWS)
+
+
+def numbered_views(length=24, seed=0, view="pre-training"):
+    return Views(Numbered(length), VIEWS[view], seed=seed)
 
 
 def epoch_of(loader, epoch):
@@ -411,8 +426,9 @@ def numbers(batches):
     return [number for batch in batches for number, _ in batch]
 
 
-def test_views_do_not_depend_on_the_workers_but_on_the_epoch():
-    loaders = [data.training_loader(numbered_views(), 8, workers) for workers in (0, 2)]
+@either_view
+def test_views_do_not_depend_on_the_workers_but_on_the_epoch(view):
+    loaders = [data.training_loader(numbered_views(view=view), 8, workers) for workers in (0, 2)]
     seen = set()
     for epoch in range(3):
         alone, by_two = (epoch_of(loader, epoch) for loader in loaders)
@@ -421,20 +437,22 @@ def test_views_do_not_depend_on_the_workers_but_on_the_epoch():
     assert len(seen) > 65, "24 images in three views each; two may happen to be the same crop"
 
 
-def test_a_view_is_a_function_of_seed_epoch_and_index():
-    views = numbered_views()
+@either_view
+def test_a_view_is_a_function_of_seed_epoch_and_index(view):
+    views = numbered_views(view=view)
     torch.manual_seed(1)
     first = views[2, 5]
     torch.manual_seed(2)
-    again = numbered_views()[2, 5]
+    again = numbered_views(view=view)[2, 5]
     assert torch.equal(first[0], again[0]) and first[1] == again[1] == 5 and first[2] == []
-    others = [views[3, 5], views[2, 6], numbered_views(seed=1)[2, 5]]
+    others = [views[3, 5], views[2, 6], numbered_views(seed=1, view=view)[2, 5]]
     assert not any(torch.equal(first[0], other[0]) for other in others)
 
 
-def test_views_leave_the_random_state_of_the_caller_alone():
+@either_view
+def test_views_leave_the_random_state_of_the_caller_alone(view):
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    views = numbered_views()
+    views = numbered_views(view=view)
     for epoch in range(3):
         views[epoch, 1]
     assert torch.equal(torch.get_rng_state(), states[0])
@@ -466,6 +484,57 @@ def test_evaluation_is_complete_and_in_order():
     batches = list(loader)
     assert [len(images) for images, _, _ in batches] == [4, 4, 3]
     assert torch.cat([labels for _, labels, _ in batches]).tolist() == list(range(11))
+
+
+@pytest.mark.parametrize("length, processes", [(11, 2), (12, 4), (13, 4), (3, 5), (1, 2)])
+def test_processes_evaluate_each_image_once(length, processes):
+    views = Views(Numbered(length), CenterView((8, 8)))
+    shares = []
+    for rank in range(processes):
+        batches = list(data.evaluation_loader(views, 2, 0, rank, processes))
+        shares.append([int(label) for _, labels, _ in batches for label in labels])
+        for images, labels, _ in batches:
+            assert all(torch.equal(image, views[0, int(i)][0]) for image, i in zip(images, labels, strict=True))
+    assert sorted(sum(shares, [])) == list(range(length))
+    assert shares == [list(range(rank, length, processes)) for rank in range(processes)], "dealt out like cards"
+
+
+def test_evaluation_takes_the_centre_of_256_for_224():
+    images = Numbered(2)
+    images.images = torch.from_numpy(noise(2, 3, 256, 256))
+    views = data.evaluation_views(images, (224, 224), 3)
+    assert torch.equal(views[0, 1][0], images.images[1, :, 16:240, 16:240])
+    assert torch.equal(views[0, 1][0], views[7, 1][0]), "nothing is random"
+    assert torch.equal(data.evaluation_views(images, (256, 256), 3)[0, 1][0], images.images[1]), "its size: all of it"
+    assert data.evaluation_views(images, (32, 48), 1)[0, 1][0].shape == (1, 32, 48)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_unreadable_image_is_not_replaced_in_an_evaluation(tmp_path, channels):
+    broken = some_images(tmp_path / "cat", 7, broken=[1, 4])
+    images = ClassFolders(tmp_path)
+    loader = data.evaluation_loader(data.evaluation_views(images, (8, 8), channels), 3, workers=0)
+    batches = list(loader)
+    assert [len(views) for views, _, _ in batches] == [3, 3, 1]
+    assert torch.cat([labels for _, labels, _ in batches]).tolist() == [0, -1, 0, 0, -1, 0, 0]
+    views = torch.cat([views for views, _, _ in batches])
+    assert views.shape == (7, channels, 8, 8) and views.dtype == torch.uint8
+    assert len(torch.unique(views.flatten(1), dim=0)) == 6, "five pictures, none of them twice, and blanks"
+    messages = [message for _, _, in_batch in batches for message in in_batch]
+    assert [message.rpartition(": ")[0] for message in messages] == sorted(broken), "each named where it is met"
+    assert batches[0][2] == messages[:1] and batches[1][2] == messages[1:]
+
+
+def test_a_stand_in_brings_its_own_label(tmp_path):
+    for i, name in enumerate(("cat", "cow", "dog")):
+        folder = tmp_path / name
+        folder.mkdir()
+        saved(folder / "1.png", np.full((12, 12, 3), 100 * i, dtype=np.uint8))
+    truncated(tmp_path / "cow" / "1.png", 0.5)
+    views = Views(ClassFolders(tmp_path), data.pretraining_view((8, 8), 0.2))
+    seen = [views[epoch, 1] for epoch in range(12)]
+    assert {label for _, label, _ in seen} == {0, 2}
+    assert all((view == 100 * label).all() and messages for view, label, messages in seen)
 
 
 def test_random_crops_keep_at_least_the_share_asked_for_and_flip_half():
@@ -628,6 +697,10 @@ def test_cifar(tmp_path, monkeypatch, name, num_train):
         assert torch.equal(for_training[i][0], images[i]) and torch.equal(train[i][0], images[i])
     assert [train[i][1] for i in range(num_train)] + [val[i][1] for i in range(4)] == labels
     assert all(torch.equal(val[i][0], images[num_train + i]) for i in range(4))
+    assert data.labels_of(train) + data.labels_of(val) == labels and data.classes_of(val) == val.classes
+    alone = data.validation_images(name, tmp_path, False, (32, 32), limit=3)
+    assert len(alone) == 3 and data.classes_of(alone) == val.classes
+    assert [label for _, label in alone] == data.labels_of(alone) and set(data.labels_of(alone)) <= set(labels[-4:])
     images, labels, messages = next(iter(data.training_loader(Views(for_training, CenterView((32, 32))), 4, workers=0)))
     assert images.shape == (4, 3, 32, 32) and images.dtype == torch.uint8 and messages == []
 
@@ -656,7 +729,9 @@ def test_stl10(tmp_path, monkeypatch):
     assert torch.equal(torch.stack([image for image, _ in for_training]), everything)
     for split, loaded in (("train", train), ("test", val)):
         assert torch.equal(torch.stack([image for image, _ in loaded]), images[split])
-        assert [label for _, label in loaded] == labels[split]
+        assert [label for _, label in loaded] == labels[split] == data.labels_of(loaded)
+    assert {type(label) for label in data.labels_of(train)} == {int}, "not numpy's, which JSON does not take"
+    assert data.labels_of(data.validation_images("stl10", tmp_path, False, (96, 96))) == labels["test"]
 
 
 @pytest.mark.parametrize("name", data.TORCHVISION_SETS)
@@ -664,6 +739,7 @@ def test_missing_sets(tmp_path, name):
     for read in (
         lambda: data.unlabelled_images(name, tmp_path / "nowhere", False, None, (32, 32)),
         lambda: data.labelled_images(name, tmp_path / "nowhere", False, (32, 32)),
+        lambda: data.validation_images(name, tmp_path / "nowhere", False, (32, 32)),
     ):
         with pytest.raises(UserError, match="--data-root") as error:
             read()
@@ -703,6 +779,185 @@ def test_labelled_class_folders(tmp_path):
     assert [label for _, label in train] == [0, 0, 0, 1, 1, 1, 1] == [label for _, label in val]
     image = train[0][0]
     assert image.dtype == torch.uint8 and image.shape == (3, 12, 12)
+
+
+def test_hidden_folders_are_no_classes_and_hidden_files_no_images(tmp_path):
+    image_net(tmp_path)
+    for split in ("train", "val"):
+        some_images(tmp_path / split / ".ipynb_checkpoints", 2)
+        touch(tmp_path / split, "cat/._000.png", "dog/.DS_Store", "notes.txt", "5.png", "cat/notes.txt")
+    train, val = data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))
+    assert train.classes == val.classes == ["cat", "dog"]
+    assert data.labels_of(train) == data.labels_of(val) == [0, 0, 0, 1, 1, 1, 1]
+    assert len([image for image, _ in train]) == 7, "and all of them can be read"
+
+
+def test_class_folders_hold_images_of_any_format_at_any_depth(tmp_path):
+    saved(tmp_path / "b.TIFF", noise(5, 7, 3), format="TIFF")
+    for name in ("cat/deep/er/1.TIFF", "cat/2.tif", "dog/3.TIFF"):
+        touch(tmp_path / "set", name)
+        (tmp_path / "set" / name).write_bytes((tmp_path / "b.TIFF").read_bytes())
+    images = ClassFolders(tmp_path / "set")
+    assert sorted(label for _, label in images) == [0, 0, 1]
+    assert all(np.array_equal(image.permute(1, 2, 0).numpy(), noise(5, 7, 3)) for image, _ in images)
+
+
+@pytest.mark.parametrize("there", ["missing", "empty", "no image"])
+def test_a_class_without_validation_images_keeps_its_number(tmp_path, there):
+    image_net(tmp_path, train=("cat", "cow", "dog"), val=("cat", "dog"))
+    if there != "missing":
+        (tmp_path / "val" / "cow").mkdir()
+    if there == "no image":
+        touch(tmp_path / "val" / "cow", "notes.txt", "._1.jpg")
+    train, val = data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))
+    assert data.classes_of(train) == data.classes_of(val) == ["cat", "cow", "dog"]
+    assert data.labels_of(train) == [0] * 3 + [1] * 4 + [2] * 5
+    assert data.labels_of(val) == [label for _, label in val] == [0] * 3 + [2] * 4
+
+
+def test_classes_that_training_lacks_are_named(tmp_path):
+    image_net(tmp_path, val=("ant", "cat", "dog", "owl"))
+    (tmp_path / "val" / ".cache").mkdir()
+    with pytest.raises(UserError, match=r"--data: .*val has classes that the training images lack: ant, owl$"):
+        data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))
+
+
+def test_an_empty_class_of_the_training_images_is_named(tmp_path):
+    image_net(tmp_path)
+    touch(tmp_path / "train", "cow/._1.jpg")
+    with pytest.raises(UserError, match=r"--data: .*\bcow\b"):
+        data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))
+
+
+def test_validation_images_alone(tmp_path):
+    image_net(tmp_path, train=(), val=("cat", "dog"))
+    val = data.validation_images(str(tmp_path), Path("data"), False, (8, 8))
+    assert data.classes_of(val) == ["cat", "dog"] and data.labels_of(val) == [0] * 3 + [1] * 4
+    numbers = {"owl": 0, "dog": 1, "ant": 2, "cat": 3}  # a checkpoint's
+    val = data.validation_images(str(tmp_path), Path("data"), False, (8, 8), class_to_idx=numbers)
+    assert data.classes_of(val) == list(numbers) and sorted(data.labels_of(val)) == [1] * 4 + [3] * 3
+    assert all(label == numbers[Path(path).parent.name] for path, label in val.samples)
+    some = data.validation_images(str(tmp_path), Path("data"), False, (8, 8), 5, numbers)
+    assert len(some) == 5 and data.classes_of(some) == list(numbers)
+    assert data.labels_of(some) == [label for _, label in some] and set(data.labels_of(some)) == {1, 3}
+    with pytest.raises(UserError, match="--data: .*lack: cat"):
+        data.validation_images(str(tmp_path), Path("data"), False, (8, 8), class_to_idx={"dog": 0})
+    (tmp_path / "val" / "owl").mkdir()
+    with pytest.raises(UserError, match=r"--data: .*\bowl\b"):
+        data.validation_images(str(tmp_path), Path("data"), False, (8, 8))
+
+
+def test_limits_on_labelled_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_LENGTH", 60)
+    sizes = [len(images) for images in data.labelled_images("shapes", Path("data"), False, (8, 8), (None, None))]
+    assert sizes == [60, 2000]
+    train, val = data.labelled_images("shapes", Path("data"), False, (8, 8), (30, 7))
+    assert (len(train), len(val)) == (30, 7)
+    assert torch.equal(val[3][0], data.validation_images("shapes", Path("data"), False, (8, 8))[3][0])
+    image_net(tmp_path)
+    train, val = data.labelled_images(str(tmp_path), Path("data"), False, (8, 8), (2, 5))
+    assert (len(train), len(val)) == (2, 5) and data.classes_of(train) == ["cat", "dog"]
+    assert [label for _, label in val] == data.labels_of(val)
+    train, val = data.labelled_images(str(tmp_path), Path("data"), False, (8, 8), (None, None))
+    assert (len(train), len(val)) == (7, 7)
+
+
+def test_labels_and_classes_of_parts():
+    shapes = Shapes("val", 40, (8, 8))
+    assert data.labels_of(shapes) == [label for _, label in shapes]
+    part = Subset(shapes, [31, 5, 17, 2, 30])
+    part_of_part = Subset(part, [4, 0, 3])
+    for images in (part, part_of_part):
+        assert data.labels_of(images) == [label for _, label in images]
+        assert data.classes_of(images) == [shape.__name__ for shape in SHAPES]
+    assert data.labels_of(part_of_part) == [shapes.labels[i] for i in (30, 31, 2)]
+
+
+def test_sets_without_labels_have_no_classes(tmp_path):
+    some_images(tmp_path, 3)
+    for images in (ImageFiles(tmp_path), Subset(ImageFiles(tmp_path), [1]), Numbered(3)):
+        assert data.classes_of(images) == [] and data.describe_classes(images, ", a remark") == ""
+
+
+def test_classes_in_words():
+    shapes = Shapes("val", 4, (8, 8))
+    text = " of 10 classes (disk, square, triangle, ...)"
+    assert data.describe_classes(shapes) == data.describe_classes(Subset(shapes, [1])) == text
+    assert data.describe_classes(shapes, ", labels not used") == text + ", labels not used"
+
+
+class Labelled(Dataset):
+    """Labels whose images nobody may read."""
+
+    def __init__(self, labels):
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        raise AssertionError("an image was read")
+
+
+# 200, 47, 10, 3 and 1 images, scattered.
+COUNTS = {0: 200, 1: 47, 4: 10, 6: 3, 9: 1}
+SCATTERED = np.random.default_rng(0).permutation(np.repeat(list(COUNTS), list(COUNTS.values()))).tolist()
+
+
+def few(share=None, per_class=None, seed=0, labels=SCATTERED):
+    """The indices that are chosen, and how many of each label."""
+    images = Labelled(labels)
+    part = data.few_labels(images, share, per_class, seed)
+    assert part.dataset is images and part.indices == sorted(set(part.indices)), "each once, in the set's order"
+    counts = np.bincount(data.labels_of(part), minlength=10)
+    return part.indices, {label: int(counts[label]) for label in COUNTS}
+
+
+@pytest.mark.parametrize(
+    "options, counts",
+    [
+        (dict(share=0.1), [20, 5, 1, 1, 1]),
+        (dict(share=0.6), [120, 28, 6, 2, 1]),
+        (dict(share=1e-9), [1, 1, 1, 1, 1]),
+        (dict(share=1.0), [200, 47, 10, 3, 1]),
+        (dict(per_class=1), [1, 1, 1, 1, 1]),
+        (dict(per_class=5), [5, 5, 5, 3, 1]),
+        (dict(per_class=1000), [200, 47, 10, 3, 1]),
+    ],
+    ids=str,
+)
+def test_few_labels_are_a_part_of_each_class(options, counts):
+    assert few(**options)[1] == dict(zip(COUNTS, counts, strict=True))
+
+
+def test_few_labels_depend_on_the_seed_alone():
+    torch.manual_seed(1)
+    first = few(share=0.2)[0]
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    assert few(share=0.2)[0] == first and torch.equal(torch.get_rng_state(), state)
+    other = few(share=0.2, seed=1)[0]
+    assert other != first and len(set(other) & set(first)) < len(first) / 2
+    of_a_class = [i for i, label in enumerate(SCATTERED) if label == 0]
+    chosen = {i for i in first if SCATTERED[i] == 0}
+    assert chosen != set(of_a_class[: len(chosen)]), "not just the first ones"
+    assert 60 < np.mean([of_a_class.index(i) for i in chosen]) < 140, "but from everywhere"
+
+
+def test_few_labels_lie_within_more():
+    by_count = [few(per_class=n)[0] for n in (1, 2, 7, 30, 150)]
+    by_share = [few(share=share)[0] for share in (0.01, 0.02, 0.1, 0.6, 0.9)]
+    for smaller, larger in [*itertools.pairwise(by_count), *itertools.pairwise(by_share)]:
+        assert set(smaller) < set(larger)
+
+
+def test_few_labels_of_a_part():
+    images = data.at_most(Labelled(SCATTERED), 100)
+    part = data.few_labels(images, None, 2, 0)
+    assert part.dataset is images and sorted(data.labels_of(part)) == sorted(
+        label for label, n in zip(*np.unique(data.labels_of(images), return_counts=True), strict=True)
+        for _ in range(min(2, n))
+    )  # fmt: skip
 
 
 def test_labelled_folders_that_do_not_fit(tmp_path):
@@ -788,6 +1043,122 @@ def test_center_view_of_the_exact_size_is_the_image():
     assert torch.equal(data.pretraining_view((24, 40), 1)(image), image), "as does --min-crop 1"
 
 
+def test_a_fine_tuning_view_without_extras_is_the_pretraining_view():
+    image = as_tensor(noise(40, 60, 3))
+    for min_crop in (0.08, 1):
+        for seed in range(5):
+            torch.manual_seed(seed)
+            expected = data.pretraining_view((24, 16), min_crop)(image)
+            torch.manual_seed(seed)
+            assert torch.equal(data.finetuning_view((24, 16), min_crop, 0, 0)(image), expected)
+
+
+def test_rand_augment_changes_pixels_and_nothing_else():
+    image = as_tensor(noise(24, 16, 3))
+    view = data.finetuning_view((24, 16), 1, rand_augment=9, erasing=0)
+    torch.manual_seed(0)
+    views = [view(image) for _ in range(40)]
+    assert all(v.shape == (3, 24, 16) and v.dtype == torch.uint8 for v in views)
+    assert sum(not torch.equal(v, image) for v in views) > 30 and len({v.numpy().tobytes() for v in views}) > 25
+    assert torch.equal(image, as_tensor(noise(24, 16, 3)))
+
+
+def augmented_grey(strength, count=300):
+    """Views of an even grey: those that are one level all over, by level, and the others."""
+    view = data.finetuning_view((16, 16), 1, strength, 0)
+    torch.manual_seed(0)
+    views = [view(torch.full((3, 16, 16), 100, dtype=torch.uint8)) for _ in range(count)]
+    even = [int(v[0, 0, 0]) for v in views if (v == v[0, 0, 0]).all()]
+    return np.bincount(even, minlength=256), [v for v in views if not (v == v[0, 0, 0]).all()]
+
+
+@pytest.mark.parametrize("strength", [2, 5, 9, 10])
+def test_rand_augment_is_as_strong_as_asked_for(strength):
+    levels, _ = augmented_grey(strength)
+    for sign in (-1, 1):  # a strength of 10 changes the brightness by 90 %, as far as torchvision goes
+        level = 100 * (1 + sign * 0.09 * strength)
+        assert levels[math.floor(level - 0.01) : math.floor(level - 0.01) + 2].sum() > 2
+
+
+def test_rand_augment_does_two_operations_and_fills_with_grey():
+    levels, others = augmented_grey(strength=5)
+    assert 0.2 < levels[100] / 300 < 0.32, "half of the operations leave an even grey alone, two a quarter"
+    corners = [tuple(v[:, y, x].tolist()) for v in others for y in (0, -1) for x in (0, -1)]
+    assert corners.count((124, 116, 104)) > 50, "ImageNet's mean where a shifted image leaves a gap"
+    assert any(0 < (v[0] - 100).abs().max() < 24 for v in others)
+
+
+def test_slanted_edges_are_smooth_after_rand_augment():
+    _, others = augmented_grey(strength=9)
+    in_between = [((v[0] > 102) & (v[0] < 122)).any() for v in others if set(v[0].unique().tolist()) >= {100, 124}]
+    assert len(in_between) > 20 and np.mean(in_between) > 0.3, "pixels are interpolated where an image is turned"
+
+
+def enclosing(before, after):
+    """Top, left, height and width of the smallest rectangle around all that differs."""
+    changed = (before != after).any(0)
+    rows, columns = (changed.any(dim).nonzero().flatten().tolist() for dim in (1, 0))
+    return rows[0], columns[0], rows[-1] - rows[0] + 1, columns[-1] - columns[0] + 1
+
+
+def test_random_erasing():
+    image = torch.full((3, 80, 60), 2, dtype=torch.uint8)  # a level that the noise hardly takes in all three
+    erase = data.RandomErasing(1.0)
+    torch.manual_seed(0)
+    rectangles, noises = [], []
+    for _ in range(150):
+        erased = erase(image)
+        assert erased.dtype == torch.uint8 and erased.shape == image.shape
+        top, left, height, width = rectangle = enclosing(image, erased)
+        inside = erased[:, top : top + height, left : left + width]
+        assert (inside != 2).any(0).all(), "all of the rectangle"
+        rectangles.append(rectangle)
+        noises.append(inside.flatten(1).double() / 255)
+    assert (image == 2).all(), "the image itself stays as it was"
+    top, left, height, width = np.array(rectangles).T
+    area, shape = height * width / (80 * 60), height / width
+    assert 0.018 < area.min() < 0.04 and 0.29 < area.max() < 0.34
+    assert 0.28 < shape.min() < 0.5 and 2 < shape.max() < 3.5
+    assert len(set(zip(top, left, strict=True))) > 100 and (top + height).max() == 80 and (left + width).max() == 60
+
+    pixels = torch.cat(noises, dim=1)  # quartiles, which the clipping to [0, 255] leaves alone
+    quartiles = pixels.quantile(torch.tensor([0.25, 0.5, 0.75], dtype=torch.double), dim=1).T
+    expected = zip(quartiles.tolist(), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
+    for (low, middle, high), mean, std in expected:
+        assert middle == pytest.approx(mean, abs=0.005) and (high - low) / 1.349 == pytest.approx(std, abs=0.005)
+    assert pixels.min() == 0 and pixels.max() == 1, "clipped, not wrapped around"
+    assert (pixels == 0).double().mean() < 0.05 and (pixels == 1).double().mean() < 0.02
+    assert torch.corrcoef(pixels).fill_diagonal_(0).abs().max() < 0.01, "each channel has noise of its own"
+
+
+def test_random_erasing_as_often_as_asked_for():
+    image = as_tensor(noise(16, 16, 3))
+    for probability, low, high in ((0.0, 0, 0), (0.25, 70, 130), (1.0, 400, 400)):
+        erase = data.RandomErasing(probability)
+        torch.manual_seed(0)
+        assert low <= sum(not torch.equal(erase(image), image) for _ in range(400)) <= high
+
+
+def test_erasing_comes_after_rand_augment():
+    image = as_tensor(noise(40, 60, 3))
+    plain, erasing = (data.finetuning_view((32, 32), 0.5, 9, probability) for probability in (0, 1))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        before = plain(image)
+        torch.manual_seed(seed)
+        _, _, height, width = enclosing(before, erasing(image))
+        assert 0 < height * width < 0.37 * 32 * 32, "what is drawn for it changes nothing else"
+
+
+def test_grey_fine_tuning_views_are_erased_in_colour():
+    options = dict(min_crop=1, rand_augment=9, erasing=1)
+    colour, grey = (Views(Numbered(5), data.finetuning_view((16, 16), **options), channels) for channels in (3, 1))
+    view = grey[0, 3][0]
+    assert view.shape == (1, 16, 16) and view.dtype == torch.uint8
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    torch.testing.assert_close(view[0].float(), (weights * colour[0, 3][0]).sum(0), atol=1.1, rtol=0)
+
+
 def test_normalize():
     images = torch.zeros(2, 3, 4, 5, dtype=torch.uint8)
     images[1, :, 2, 3] = torch.tensor([255, 51, 128])
@@ -825,3 +1196,65 @@ def test_what_is_filled_in_fits_together(name):
     given = argparse.Namespace(data=name, image_size=[7], workers=3, patch_size=None)
     data.fill_in(given)  # and what a script does not have stays away
     assert vars(given) == dict(data=name, image_size=[7], workers=3, patch_size=args.patch_size)
+
+
+def test_sides():
+    assert data.sides([7]) == (7, 7) and data.sides([5, 9]) == (5, 9)
+
+
+# image size, smallest crop, patch size
+FILLED_IN = {
+    "shapes": ([32], 1.0, 4),
+    "cifar10": ([32], 0.2, 4),
+    "cifar100": ([32], 0.2, 4),
+    "stl10": ([96], 0.2, 8),
+    "some/folder": ([224], 0.2, 16),
+}
+
+
+def data_flags(*words):
+    parser = flag_parser("")
+    data.add_data_flags(parser)
+    return parser.parse_args(words)
+
+
+@pytest.mark.parametrize("name", FILLED_IN)
+def test_data_flags_that_are_not_given_are_filled_in(name):
+    args = data_flags("--data", name)
+    assert (args.data_root, args.download, args.limit) == ("data", False, None)
+    args.patch_size = None
+    data.fill_in(args)
+    assert (args.image_size, args.min_crop, args.patch_size) == FILLED_IN[name]
+    assert data_flags().data == "shapes"
+
+
+def test_data_flags_that_are_given_stay():
+    words = "--data cifar10 --data-root elsewhere --download --limit 5 --image-size 16 24 --min-crop 0.5 --workers 0"
+    args = data_flags(*words.split())
+    expected = dict(
+        data="cifar10", data_root="elsewhere", download=True, limit=5, image_size=[16, 24], min_crop=0.5, workers=0
+    )
+    assert vars(args) == expected
+    data.fill_in(args)
+    assert vars(args) == expected
+
+
+@pytest.mark.parametrize(
+    "name, cores, processes, workers",
+    [
+        ("shapes", 64, 1, 0),
+        ("some/folder", 64, 1, 8),
+        ("some/folder", 64, 16, 4),
+        ("cifar10", 6, 2, 3),
+        ("stl10", 1, 4, 1),
+        ("some/folder", None, 1, 1),
+    ],
+)
+def test_workers_share_the_cores_of_a_machine(monkeypatch, name, cores, processes, workers):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes > 1:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    args = data_flags("--data", name)
+    data.fill_in(args)
+    assert args.workers == workers

@@ -1,5 +1,6 @@
 """The networks: against torchvision's and plain loops, the split's and the teacher's invariants, sizes, mistakes."""
 
+import io
 import math
 
 import pytest
@@ -11,12 +12,14 @@ from torch import nn
 from model import (
     MODELS,
     PCAE,
+    Classifier,
     Decoder,
     PatchEmbed,
     ViT,
     cosine_loss,
     grid_size,
     mean_direction,
+    pool,
     sincos_position_embedding,
     split_patches,
     spread,
@@ -180,6 +183,24 @@ def test_encoder_equals_torchvisions(size):
     assert torch.equal(patch_ids, ids)
 
 
+def plain_loop(vit, image, left, ptr, class_token=True):
+    """One image, one token at a time: the tokens that leave the last block, and the patches that are left."""
+    x = vit.patch_embed.proj(image).flatten(1).mT[left] + vit.pos_embed[0, [1 + i for i in left]]
+    prefix = int(class_token)
+    if class_token:
+        x = torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], x])
+    for i, block in enumerate(vit.blocks):
+        x = block(x[None])[0]
+        if i in ptr.blocks:
+            patches = x[prefix:]
+            cosines = [F.cosine_similarity(token, patches, dim=1).tolist() for token in patches]
+            redundancy = [sum(row) / len(row) for row in cosines]
+            order = sorted(range(len(left)), key=redundancy.__getitem__, reverse=ptr.criterion == "reverse")
+            keep = sorted(order[: int(len(left) * (1 - ptr.drop_ratio) + 1e-9)])
+            left, x = [left[j] for j in keep], torch.cat([x[:prefix], patches[keep]])
+    return x, left
+
+
 @pytest.mark.parametrize("criterion", ["similarity", "reverse"])
 @pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize("blocks", [(0, 2, 3), (1,), (0, 1, 2, 3)])
@@ -189,23 +210,10 @@ def test_encoder_with_ptr_equals_a_plain_loop(blocks, class_token, criterion):
     vit = randomize(small_vit())
     images, ids = random_images(), random_ids(3, 40)
     tokens, patch_ids = vit(images, ids, class_token=class_token, ptr=PTR(blocks, 0.3, criterion))
-    for image in range(3):  # one image at a time, one token at a time
-        left = ids[image].tolist()
-        x = vit.patch_embed.proj(images[image]).flatten(1).mT[left] + vit.pos_embed[0, [1 + i for i in left]]
-        prefix = int(class_token)
-        if class_token:
-            x = torch.cat([vit.cls_token[0] + vit.pos_embed[0, :1], x])
-        for i, block in enumerate(vit.blocks):
-            x = block(x[None])[0]
-            if i in blocks:
-                patches = x[prefix:]
-                cosines = [F.cosine_similarity(token, patches, dim=1).tolist() for token in patches]
-                redundancy = [sum(row) / len(row) for row in cosines]
-                order = sorted(range(len(left)), key=redundancy.__getitem__, reverse=criterion == "reverse")
-                keep = sorted(order[: int(len(left) * 0.7 + 1e-9)])
-                left, x = [left[j] for j in keep], torch.cat([x[:prefix], patches[keep]])
+    for image in range(3):
+        expected, left = plain_loop(vit, images[image], ids[image].tolist(), PTR(blocks, 0.3, criterion), class_token)
         assert patch_ids[image].tolist() == left
-        torch.testing.assert_close(tokens[image], vit.norm(x), atol=2e-5, rtol=0)
+        torch.testing.assert_close(tokens[image], vit.norm(expected), atol=2e-5, rtol=0)
 
 
 def test_encoder_drops_at_random_when_asked():
@@ -215,13 +223,32 @@ def test_encoder_drops_at_random_when_asked():
     assert not torch.equal(*draws)
 
 
-def test_state_dict_has_timms_names():
-    expected = {"cls_token", "pos_embed"}
+def timm_names(depth):
+    """The parameters of timm's encoder."""
     layers = ["patch_embed.proj", "norm"]
-    for i in range(3):
+    for i in range(depth):
         layers += [f"blocks.{i}.{name}" for name in ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")]
-    expected |= {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    assert set(small_vit(depth=3).state_dict()) == expected
+    return {"cls_token", "pos_embed"} | {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
+
+
+def test_state_dict_has_timms_names():
+    assert set(small_vit(depth=3).state_dict()) == timm_names(3)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, dict(image_size=[32, 16], patch_size=8, channels=1, dim=48, depth=3, heads=6, mlp_ratio=2.5, drop_path=0.1)],
+)
+def test_arguments_build_the_same_encoder(changes):
+    vit = randomize(small_vit(**changes)).eval()
+    file = io.BytesIO()
+    torch.save(vit.arguments, file)
+    file.seek(0)
+    again = ViT(**torch.load(file, weights_only=True)).eval()
+    again.load_state_dict(vit.state_dict())
+    images = random_images(2, vit.image_size, vit.arguments["channels"])
+    assert torch.equal(again(images).tokens, vit(images).tokens), "the number of heads is in no weight's shape"
+    assert again.arguments == vit.arguments and "drop_path" not in vit.arguments, "which belongs to the training"
 
 
 @pytest.mark.parametrize(
@@ -529,6 +556,180 @@ def test_ema_leaves_nothing_for_a_backward_pass():
     model(random_images()).loss.backward()
     model.update_teacher(0.9)
     assert all(p.is_leaf and not p.requires_grad and p.grad is None for p in model.teacher.parameters())
+
+
+# --- the classifier ---------------------------------------------------------------------------------------------------
+
+KINDS = [dict(pool=by, frozen=frozen) for by in ("mean", "class") for frozen in (False, True)]
+all_kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind["pool"] + " frozen" * kind["frozen"])
+
+
+@torch.no_grad()
+def small_classifier(ptr=None, *, pool="mean", frozen=False, **changes):
+    torch.manual_seed(0)
+    model = randomize(Classifier(small_vit(**changes), 7, pool=pool, frozen=frozen, ptr=ptr))
+    if frozen:
+        model.fc_norm.running_mean.normal_()
+        model.fc_norm.running_var.copy_(10 ** torch.linspace(-6, 1, model.encoder.dim))
+    return model
+
+
+def test_pool():
+    tokens = torch.randn(2, 1 + 5, 8)
+    torch.testing.assert_close(pool(tokens), sum(tokens[:, i] for i in range(1, 6)) / 5)
+    assert torch.equal(pool(tokens, "mean"), pool(tokens))
+    assert torch.equal(pool(tokens, "class"), tokens[:, 0])
+
+
+@pytest.mark.parametrize("ptr", [None, PTR((0, 2), 0.3), PTR((1, 2, 3), 0.5, "reverse")])
+@all_kinds
+@torch.no_grad()
+def test_classifier_equals_a_plain_loop(kind, ptr):
+    model, images = small_classifier(ptr, **kind).eval(), random_images()
+    logits = model(images)
+    assert logits.shape == (3, 7)
+
+    def norm(x, layer):
+        return F.layer_norm(x, (32,), layer.weight, layer.bias, 1e-6)
+
+    for image, got in zip(images, logits, strict=True):
+        tokens, left = plain_loop(model.encoder, image, list(range(N)), ptr or PTR())
+        if kind["frozen"] or kind["pool"] == "class":
+            tokens = norm(tokens, model.encoder.norm)
+        x = sum(tokens[1:]) / len(left) if kind["pool"] == "mean" else tokens[0]
+        if kind["frozen"]:
+            x = (x - model.fc_norm.running_mean) / (model.fc_norm.running_var + 1e-6).sqrt()
+        elif kind["pool"] == "mean":
+            x = norm(x, model.fc_norm)
+        torch.testing.assert_close(got, model.head.weight @ x + model.head.bias, atol=1e-4, rtol=1e-4)
+
+
+@all_kinds
+def test_classifier_has_timms_names(kind):
+    expected = {f"encoder.{name}" for name in timm_names(4)} | {"head.weight", "head.bias"}
+    if kind["frozen"]:
+        expected |= {f"fc_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    elif kind["pool"] == "mean":
+        expected |= {"fc_norm.weight", "fc_norm.bias"}
+        expected -= {"encoder.norm.weight", "encoder.norm.bias"}
+    assert set(small_classifier(**kind).state_dict()) == expected
+
+
+def test_norms_have_timms_epsilon():
+    norms = [m for m in small_classifier().modules() if isinstance(m, nn.LayerNorm)]
+    assert len(norms) == 9 and {norm.eps for norm in norms} == {1e-6}
+
+
+@all_kinds
+def test_logits_start_at_zero(kind):
+    torch.manual_seed(0)
+    model = Classifier(small_vit(), 100, **kind)
+    assert not model.head.bias.any()
+    assert model.head.weight.std().item() == pytest.approx(2e-5, rel=0.1)
+    assert 0 < model(random_images()).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("criterion", ["similarity", "random", "reverse"])
+@all_kinds
+def test_dropping_nothing_changes_nothing(kind, criterion):
+    images, results = random_images(), []
+    for ptr in (None, PTR((0, 2), 0.0, criterion), PTR((), 0.5, criterion)):
+        model = small_classifier(ptr, **kind)
+        logits = model(images)
+        F.cross_entropy(logits, torch.tensor([0, 3, 6])).backward()
+        results.append([logits] + [p.grad for p in model.parameters() if p.requires_grad])
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_token_counts_inside_the_classifier():
+    model = small_classifier(PTR((0, 2), 0.3))
+    lengths = [capture(block, lambda inputs, output: inputs[0].shape[1]) for block in model.encoder.blocks]
+    encoded = capture(model.encoder, lambda inputs, output: [len(row) for row in (*output.tokens, *output.patch_ids)])
+    model(random_images())
+    model.ptr = PTR((1,), 0.5)  # as evaluation does
+    model(random_images())
+    model.ptr = None
+    model(random_images())
+    per_call = [list(call) for call in zip(*lengths, strict=True)]
+    # floor(60 * .7) = 42, floor(42 * .7) = 29, and the class token
+    assert per_call == [[61, 43, 43, 30], [61, 61, 31, 31], [61, 61, 61, 61]]
+    assert encoded == [[30] * 3 + [29] * 3, [31] * 3 + [30] * 3, [61] * 3 + [60] * 3]
+
+
+@pytest.mark.parametrize("length", [100, -100])
+@torch.no_grad()
+def test_the_class_token_is_protected(length):
+    """Even where it would be the first to go, or the last; and the patches' scores know nothing of it."""
+    model, images = small_classifier(PTR((0,), 0.9), pool="class"), random_images()
+    encoder = model.encoder
+    encoder.blocks = nn.ModuleList([nn.Identity()])  # so that its output is what goes in
+    patches = encoder.patch_embed(images) + encoder.pos_embed[:, 1:]
+    cls = length * F.normalize(patches, dim=-1).mean(dim=(0, 1))  # along what the patches share, or against it
+    encoder.cls_token.copy_(cls - encoder.pos_embed[:, :1])
+    encoded = capture(encoder)
+    logits = model(images)
+    tokens, ids = encoded[0]
+    torch.testing.assert_close(tokens[:, 0], encoder.norm(cls).expand(3, -1))
+    torch.testing.assert_close(logits, model.head(encoder.norm(cls)).expand(3, -1))
+    for x, kept in zip(F.normalize(patches, dim=-1), ids.tolist(), strict=True):
+        redundancy = (x @ x.T).mean(dim=1).tolist()
+        assert kept == sorted(sorted(range(N), key=redundancy.__getitem__)[:6])
+
+
+@pytest.mark.parametrize("by", ["mean", "class"])
+def test_everything_trains_with_the_positions(by):
+    model = small_classifier(PTR((0, 2), 0.3), pool=by)
+    F.cross_entropy(model(random_images()), torch.tensor([0, 3, 6])).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad and parameter.grad.any(), name
+    assert model.encoder.pos_embed.grad.any(dim=-1).all(), "the class token's, and of patches that were dropped too"
+
+
+@pytest.mark.parametrize("by", ["mean", "class"])
+def test_frozen_is_frozen(by):
+    encoder = small_vit(drop_path=0.5)
+    encoder.pos_embed.requires_grad_()
+    model = randomize(Classifier(encoder, 7, pool=by, frozen=True)).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
+    F.cross_entropy(model(random_images()), torch.tensor([0, 3, 6])).backward()
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        trains = name in ("head.weight", "head.bias")
+        assert parameter.requires_grad == trains == (parameter.grad is not None), name
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {f"fc_norm.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert changed == {"head.weight", "head.bias"} | statistics
+
+
+def test_frozen_encoder_stays_in_evaluation_mode():
+    model, images = small_classifier(frozen=True, drop_path=0.5), random_images()
+    for mode in (True, False, True):
+        assert model.train(mode) is model
+        assert model.fc_norm.training == model.head.training == mode
+        assert not any(module.training for module in model.encoder.modules())
+    assert torch.equal(model(images), model(images)), "no drop path"
+    trained = small_classifier(drop_path=0.5)
+    for mode in (False, True):
+        assert trained.train(mode) is trained
+        assert all(module.training == mode for module in trained.modules())
+    assert not torch.equal(trained(images), trained(images)), "drop path is at work"
+
+
+@torch.no_grad()
+def test_batch_norm_follows_the_features():
+    model, images = randomize(Classifier(small_vit(), 7, frozen=True)).train(), random_images(5)
+    features = capture(model.fc_norm, lambda inputs, output: inputs[0])
+    logits = model(images)
+    x, norm = features[0], model.fc_norm
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(dim=0))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var(dim=0))
+    standard = (x - x.mean(dim=0)) / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    torch.testing.assert_close(logits, model.head(standard))
+    before = norm.running_mean.clone(), norm.running_var.clone()
+    model.eval()(images)
+    assert torch.equal(norm.running_mean, before[0]) and torch.equal(norm.running_var, before[1])
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
