@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 import data
 import engine
 from engine import UserError, World
-from model import MODELS, Classifier, ViT, load_classifier, load_encoder, pool
+from model import MODELS, Classifier, ViT, find_weights, load_classifier, load_encoder, pool
 from ptr import PTR, drop_blocks, token_counts
 
 # What `--recipe` sets, and what `--linear-probe` sets on top; flags that are given win.
@@ -77,8 +77,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--init", "runs/pretrain/last.pt", "encoder to start from: a checkpoint of ours, a public MAE, DINO, DeiT, "
         "MoCo v3 or timm ViT, or none: from scratch", metavar="FILE")
     add("--weights", "student", "which encoder of --init", choices=("student", "teacher"))
-    add("--pool", None, "what the head sees: the mean of the patch tokens, or the class token (default: mean; with "
-        "--eval what the file was made for)", choices=("mean", "class"))
+    add("--pool", None, "what the head sees: the mean of the patch tokens, or the class token (default: "
+        "mean)", choices=("mean", "class"))
     add("--drop-path", 0.0, "stochastic depth")
     add("--heads", None, "attention heads, where --init does not say (MoCo v3's ViT-S without its projector: 12)",
         type=int)
@@ -122,7 +122,9 @@ def read_settings(
     if len(chosen) > 1:
         raise UserError(f"choose one of {' and '.join(chosen)}")
     args, checkpoint = engine.resume_settings(args, given, "finetune")
-    args.pool = args.pool or (None if args.eval else "mean")
+    if args.eval and args.pool:
+        raise UserError(f"--pool is for a new classifier: that in --eval {args.eval} says itself what it pools")
+    args.pool = args.pool or "mean"
     if args.label_fraction is not None and args.labels_per_class is not None:
         raise UserError("choose one of --label-fraction and --labels-per-class")
     if len(args.drop_ratio) > 1 and not args.eval:
@@ -307,7 +309,7 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     size = None if args.image_size is None else data.sides(args.image_size)
     log = print if world.is_main else lambda text: None
     try:
-        model = load_classifier(checkpoint, pool=args.pool, image_size=size, heads=args.heads, log=log)
+        model = load_classifier(checkpoint, image_size=size, heads=args.heads, log=log)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--eval {args.eval}: {error}") from None
     encoder = model.to(world.device).eval().encoder
@@ -430,12 +432,12 @@ def timm_call(model: ViT | Classifier) -> str:
 
 def export(args: argparse.Namespace) -> None:
     """`--export`: write the classifier in --init, or where it has no head the encoder, as timm's models load it."""
+    size = None if args.image_size is None else data.sides(args.image_size)
+    checkpoint = engine.load_checkpoint(args.init)
     try:
-        checkpoint = engine.load_checkpoint(args.init)
-        size = None if args.image_size is None else data.sides(args.image_size)
-        try:
+        if args.weights == "student" and "head.weight" in find_weights(checkpoint):
             model = load_classifier(checkpoint, image_size=size, heads=args.heads)
-        except ValueError:
+        else:
             model = load_encoder(checkpoint, weights=args.weights, image_size=size, heads=args.heads)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--init {args.init}: {error}") from None

@@ -7,6 +7,7 @@ carry timm's names, so public ViT weights load without a mapping and ours load i
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -368,7 +369,7 @@ class Classifier(nn.Module):
         self.encoder, self.pool, self.frozen, self.ptr = encoder, pool, frozen, ptr
         encoder.pos_embed.requires_grad_()
         if frozen:
-            encoder.requires_grad_(False)
+            encoder.requires_grad_(False).eval()
             self.fc_norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6)
         elif pool == "mean":
             encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6)
@@ -396,7 +397,10 @@ class Classifier(nn.Module):
 WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")  # what DDP, torch.compile, DINO and we put before a name
 MOCO = {"student": "base_encoder.", "teacher": "momentum_encoder."}
 # Names that begin like this and that our ViT does not have would change what an encoder computes.
-ESSENTIAL = ("blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "rel_pos", "rope")
+ESSENTIAL = (
+    "blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens",
+    "rel_pos", "rope",
+)  # fmt: skip
 
 
 def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[str, Tensor]:
@@ -405,7 +409,11 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
     Looks for the `weights` (`student` or `teacher`) of ours, DINO's and MoCo v3's files, else under `model` (MAE, DeiT)
     or `state_dict` (timm), else takes the checkpoint for the tensors themselves. Raises ValueError.
     """
-    found = next((checkpoint[key] for key in (weights, "model", "state_dict") if key in checkpoint), checkpoint)
+    places = [key for key in (weights, "model", "state_dict") if key in checkpoint]
+    other = {"student": "teacher", "teacher": "student"}[weights]
+    if not places and other in checkpoint:
+        raise ValueError(f"it holds the weights of the {other} alone: use --weights {other}")
+    found = checkpoint[places[0]] if places else checkpoint
     if not isinstance(found, dict):
         raise ValueError("it holds no weights by name")
     tensors = {}
@@ -420,28 +428,40 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
     return moco or tensors
 
 
-def infer_arguments(tensors: dict[str, Tensor], heads: int | None = None) -> dict[str, Any]:
-    """The arguments of the ViT that these weights are of, an image taken to be square. Raises ValueError.
+def infer_arguments(
+    tensors: dict[str, Tensor], heads: int | None = None, image_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The arguments of the ViT that these weights are of. Raises ValueError.
 
-    Weights do not say how many `heads` they are for: by default as many as the usual model of this width has.
+    They do not say how many `heads` they are for: by default as many as the usual model of this width has; nor for
+    which grid: that of `image_size` (H, W) where it has as many patches, else a square one.
     """
     needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     absent = [name for name in needed if name not in tensors]
     if absent:
         raise ValueError(f"it is not a plain ViT with a class token: {', '.join(absent)} missing")
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+        if tensors[name].ndim != ndim or not tensors[name].numel():
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, which is not a plain ViT's")
     dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
-    side = math.isqrt(tensors["pos_embed"].shape[1] - 1)
-    if side**2 != tensors["pos_embed"].shape[1] - 1:
-        raise ValueError(f"its {tensors['pos_embed'].shape[1]} positions are not a class token and a square of patches")
+    num_patches = tensors["pos_embed"].shape[1] - 1
+    grid = (math.isqrt(num_patches),) * 2
+    if image_size is not None and math.prod(grid_size(image_size, patch_size)) == num_patches:
+        grid = grid_size(image_size, patch_size)
+    if math.prod(grid) != num_patches:
+        raise ValueError(
+            f"its {1 + num_patches} positions are not a class token and a square of patches (--image-size can name "
+            "another grid)"
+        )
     usual = {size["dim"]: size["heads"] for size in MODELS.values()}
     if heads is None and dim not in usual:
         raise ValueError(f"its width {dim} is not a usual one: say how many heads it has (--heads)")
     return dict(
-        image_size=(side * patch_size, side * patch_size),
+        image_size=tuple(side * patch_size for side in grid),
         patch_size=patch_size,
         channels=channels,
         dim=dim,
-        depth=1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks.")),
+        depth=1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name))),
         heads=heads or usual[dim],
         mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / dim,
     )
@@ -465,13 +485,16 @@ def load_encoder(
     if "method" in checkpoint and "encoder" in checkpoint:  # ours says what it is
         arguments = checkpoint["encoder"]
     else:
-        is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", {}))
-        arguments = infer_arguments(tensors, heads)
+        is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict") or ())
+        arguments = infer_arguments(tensors, heads, image_size)
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # its ViT-S has twice the usual number
     encoder = ViT(**(arguments | dict(image_size=image_size or arguments["image_size"])), drop_path=drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
-    if old_grid != encoder.grid:
+    expected = 1, 1 + math.prod(old_grid), encoder.dim
+    if "pos_embed" in tensors and tensors["pos_embed"].shape != expected:
+        raise ValueError(f"pos_embed is {tuple(tensors['pos_embed'].shape)} there, {expected} here")
+    if old_grid != encoder.grid and "pos_embed" in tensors:
         tensors = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"].float(), old_grid, encoder.grid))
     take_weights(encoder, tensors, log)
     return encoder
@@ -508,27 +531,32 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
 def load_classifier(
     checkpoint: dict[str, Any],
     *,
-    pool: str | None = None,
     image_size: tuple[int, int] | None = None,
     heads: int | None = None,
     log: Callable[[str], None] = print,
 ) -> Classifier:
     """The classifier in a loaded checkpoint of `finetune.py`, or a public one. Raises ValueError.
 
-    In a public file `fc_norm` tells mean pooling (MAE) from the class token (DeiT, timm); `pool` overrides it.
+    In a public file `fc_norm` tells mean pooling (MAE) from the class token (DeiT, timm).
     """
     tensors = find_weights(checkpoint)
     head = tensors.get("head.weight")
     if head is None or head.ndim != 2:
         raise ValueError("it holds an encoder alone, without the head of a classifier (head.weight)")
-    pool = pool or checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else "class")
+    if any(name.startswith("pre_logits.") for name in tensors):
+        raise ValueError("its head is more than a linear layer (pre_logits)")
+    pool = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else "class")
     encoder = load_encoder(checkpoint, image_size=image_size, heads=heads, log=log)
     model = Classifier(encoder, len(head), pool=pool, frozen="fc_norm.running_mean" in tensors)
     top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
+    bad = [name for name, tensor in top.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f"{bad[0]} holds NaN or infinity")
     try:
         absent = model.load_state_dict(top, strict=False).missing_keys
     except RuntimeError as error:
         raise ValueError(str(error).splitlines()[-1].strip()) from None
-    if any(not name.startswith("encoder.") for name in absent):
-        raise ValueError(f"it does not fit a classifier with --pool {pool}: {', '.join(absent[-3:])} missing")
+    absent = [name for name in absent if not name.startswith("encoder.")]
+    if absent:
+        raise ValueError(f"its head is not whole: {', '.join(absent)} missing")
     return model
