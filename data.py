@@ -727,7 +727,7 @@ def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
 
 # --- detection: built-in scenes of shapes -----------------------------------------------------------------------------
 
-NUM_SCENES = dict(train=400, val=200)  # more to train on if --limit says so
+NUM_SCENES = dict(train=400, val=100)  # more to train on if --limit says so
 SCENE_CATEGORIES = tuple(range(1, 2 * len(SHAPES), 2))  # ids with holes, as COCO's have
 
 

@@ -75,12 +75,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--data", "shapes", "shapes: scenes drawn into --data-root; coco: train2017, val2017 and annotations in "
         "--data-root; or a folder like that")
     add("--data-root", "data", "where coco lies and scenes are drawn", metavar="FOLDER")
-    add("--limit", None, "use only N images to train and N to score (default: all; of shapes 400 and 200)", type=int,
+    add("--limit", None, "use only N images to train and N to score (default: all; of shapes 400 and 100)", type=int,
         metavar="N")
     add("--workers", None, "processes that load data (default: none for shapes, else up to 8)", type=int)
-    add("--short-side", [128], "pixels of an image's shorter side: several to draw from in training; scored at the "
+    add("--short-side", [96], "pixels of an image's shorter side: several to draw from in training; scored at the "
         "last", type=int, nargs="+", metavar="PIXELS")
-    add("--long-side", 224, "at most so many pixels of the longer side")
+    add("--long-side", 160, "at most so many pixels of the longer side")
     add("--crop-share", 0.0, "share of the training images that are cropped at random, as DETR does")
 
     add = functools.partial(engine.add_flag, parser.add_argument_group("model"))
@@ -122,36 +122,41 @@ def arguments() -> argparse.ArgumentParser:
 # --- settings ---------------------------------------------------------------------------------------------------------
 
 
-def read_settings(
-    argv: list[str] | None,
-) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any] | None]:
-    """The arguments, checked as far as the encoder is not needed for it, the given ones, and what to resume from."""
+def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The arguments, checked as far as the encoder is not needed for it, and the checkpoint to resume or to score."""
     args, given = engine.parse_arguments(arguments(), RECIPES, argv)
-    args, checkpoint = engine.resume_settings(args, given, "detect")
-    if args.lr_drops is None:
-        args.lr_drops = [args.epochs * 3 / 4, args.epochs * 11 / 12]
-    if len(args.drop_ratio) > 1 and not args.eval:
-        raise UserError(f"--drop-ratio takes one number where nothing is to be scored by --eval, got {args.drop_ratio}")
+    if args.eval:
+        checkpoint = engine.load_checkpoint(Path(args.eval))
+        if checkpoint.get("method") != "detect":
+            raise UserError(f"--eval {args.eval} is not a checkpoint of this script")
+        kept = {name: checkpoint["config"][name] for name in KEPT}
+        args = argparse.Namespace(**(vars(args) | kept | given))
+    else:
+        args, checkpoint = engine.resume_settings(args, given, "detect")
+    if len(args.drop_ratio) > 1 and (args.results or not args.eval):
+        raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
     if args.compile:
         raise UserError("--compile is not for detection: each size of an image would compile anew")
-    if args.init != "none" and not checkpoint:
+    if args.init != "none" and checkpoint is None:
         for name in ("model", "patch_size", "dim", "depth"):
             if name in given:
                 raise UserError(f"--{name.replace('_', '-')} goes with --init none: {args.init} says itself what it is")
+    if args.lr_drops is None:
+        args.lr_drops = [args.epochs * 3 / 4, args.epochs * 11 / 12]
+    if args.workers is None:
+        args.workers = data.usual_workers(args.data)
     at_least = dict(
-        limit=1, dim=1, depth=1, heads=1, drop_stages=0, channels=1, anchor=1, rois=1, proposals=1, long_side=1,
-        warmup_steps=0,
+        limit=1, dim=1, depth=1, heads=1, drop_stages=0, channels=1, anchor=1, rois=1, proposals=1, warmup_steps=0,
     )  # fmt: skip
     engine.check_values(args, at_least, [
-        ("short_side", 0 < min(args.short_side), "positive"),
+        ("short_side", min(args.short_side) > 0, "positive"),
         ("long_side", max(args.short_side) <= args.long_side, f"at least --short-side = {max(args.short_side)}"),
+        ("patch_size", args.patch_size > 0 and args.patch_size & (args.patch_size - 1) == 0, "a power of 2"),
         ("crop_share", 0 <= args.crop_share <= 1, "in [0, 1]"),
         ("layer_decay", 0 < args.layer_decay <= 1, "in (0, 1]"),
         ("lr_drops", all(0 < epoch < args.epochs for epoch in args.lr_drops), f"in (0, --epochs = {args.epochs})"),
     ])  # fmt: skip
-    if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else data.usual_workers()
-    return args, given, checkpoint
+    return args, checkpoint
 
 
 def build_encoder(
@@ -586,7 +591,7 @@ def score_objects(
         with contextlib.redirect_stdout(io.StringIO()):
             found = images.coco.loadRes(some) if some else COCO()  # loadRes takes no empty list
             evaluation = COCOeval(images.coco, found, kind)
-            evaluation.params.imgIds = list(results)
+            evaluation.params.imgIds, evaluation.params.catIds = list(results), images.category_ids
             evaluation.evaluate()
             evaluation.accumulate()
         precision = torch.from_numpy(evaluation.eval["precision"])[:, :, :, 0, -1]  # (IoUs, recalls, classes)
@@ -617,15 +622,8 @@ def write_results(path: str, results: dict[int, list[dict[str, Any]]]) -> None:
     engine.replace_file(Path(path), lambda file: file.write(json.dumps(flat).encode()))
 
 
-def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> None:
+def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World) -> None:
     """`--eval`: AP, work and speed of a detector at each drop ratio."""
-    checkpoint = engine.load_checkpoint(Path(args.eval))
-    if checkpoint.get("method") != "detect":
-        raise UserError(f"--eval {args.eval} is not a checkpoint of this script")
-    kept = {name: checkpoint["config"][name] for name in KEPT}
-    args = argparse.Namespace(**(vars(args) | kept | given))
-    if args.results and len(args.drop_ratio) > 1:
-        raise UserError(f"--results takes what is found at one --drop-ratio, got {args.drop_ratio}")
     encoder = build_encoder(args, checkpoint)
     reductions = [token_reduction(args, encoder, ratio) for ratio in args.drop_ratio]
     (val,) = read_images(args, world, "val")
@@ -701,10 +699,10 @@ def read_images(args: argparse.Namespace, world: World, *splits: str) -> list[Co
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, given, checkpoint = read_settings(argv)
+    args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
     if args.eval:
-        return evaluate(args, given, world)
+        return evaluate(args, checkpoint, world)
 
     # 1. Encoder, data and detector. Whatever is wrong with the settings is found out here, before the first step.
     micro_batch, accumulate = engine.batch_sizes(args, world)
