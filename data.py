@@ -828,7 +828,7 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
     """A part of an image and what of its objects is in it; boxes shrink to what is seen, objects out of sight go."""
     area = ..., slice(top, top + height), slice(left, left + width)
     masks = target["masks"][area]
-    seen = masks.flatten(1).any(dim=1)
+    seen = masks.flatten(1).any(dim=1).bool()
     boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # from a pixel's edge to an edge
     return image[area], target | dict(boxes=boxes, labels=target["labels"][seen], masks=masks[seen])
 

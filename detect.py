@@ -492,7 +492,7 @@ def describe_model(args: argparse.Namespace, model: Detector) -> str:
         f"model   ViT and pyramid of {of_backbone:.1f} M parameters, with the heads {of_all:.1f} M; maps of blocks "
         f"{', '.join(map(str, backbone.taps))}\n"
         f"images  shorter side {f'{sides[0]} to ' if len(sides) > 1 else ''}{sides[-1]} pixels, longer at most "
-        f"{args.long_side}; {gigamacs(args, backbone):.2f} GMACs in ViT and pyramid for {sides[-1]} x {sides[-1]}"
+        f"{args.long_side}; {gigamacs(args, backbone):.3g} GMACs in ViT and pyramid for {sides[-1]} x {sides[-1]}"
     )
     if backbone.ptr.blocks:
         text += f"\ntokens  class token + {' '.join(map(str, token_list(args, backbone)))} of a square image"
@@ -659,7 +659,7 @@ def table(
     world: World,
 ) -> str:
     """AP, work and speed at each reduction; speed is the whole detector's, on some of the images one by one."""
-    images = to_device([val[i][0] for i in range(min(8, len(val)))], world.device)
+    images = to_device([val[i][0] for i in range(min(4, len(val)))], world.device)
     channels = model.backbone.encoder.arguments["channels"]
     images = images if channels == 3 else [image.mean(dim=0, keepdim=True) for image in images]
 
@@ -677,7 +677,7 @@ def table(
         aps = [f"{100 * row[name]:5.1f}" for name in APS]
         lines.append(
             f"  {model.backbone.ptr.drop_ratio:5.3g}  {token_list(args, model.backbone)[-1]:6}  "
-            f"{gigamacs(args, model.backbone):7.3f}  {speed:8.2f}  {speed / speeds[0]:7.2f}x      "
+            f"{gigamacs(args, model.backbone):7.4g}  {speed:8.2f}  {speed / speeds[0]:7.2f}x      "
             f"{'  '.join(aps[:3])}      {'  '.join(aps[3:])}"
         )
     return "\n".join(lines)
