@@ -783,10 +783,10 @@ def write_scenes(root: Path, image_size: tuple[int, int], lengths: dict[str, int
                 (whole / f"{split}2017").mkdir()
                 content = write_split(whole / f"{split}2017", split, length, image_size)
                 (whole / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
-            with contextlib.suppress(FileExistsError):  # another run was faster
-                whole.rename(folder)
+            whole.rename(folder)
     except OSError as error:
-        raise UserError(f"--data-root {root} cannot be written ({reason(error)})") from None
+        if not folder.is_dir():  # else another run was faster
+            raise UserError(f"--data-root {root} cannot be written ({reason(error)})") from None
     return folder
 
 

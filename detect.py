@@ -28,7 +28,7 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_convert
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 from tqdm import tqdm
@@ -547,8 +547,7 @@ def evaluation_loader(args: argparse.Namespace, images: CocoDetection, channels:
 
 def coco_results(found: Target, image_id: int, category_ids: list[int]) -> list[dict[str, Any]]:
     """What a detector found in one image, in COCO's format for results."""
-    boxes = found["boxes"].cpu()
-    boxes[:, 2:] -= boxes[:, :2]  # width and height
+    boxes = box_convert(found["boxes"], "xyxy", "xywh")
     return [
         dict(
             image_id=image_id, category_id=category_ids[label - 1], bbox=box, score=score,
@@ -586,16 +585,15 @@ def score_objects(
     """
     scores, of_classes = {}, {}
     flat = [result for some in results.values() for result in some]
-    for kind, left_out in (("bbox", "segmentation"), ("segm", "bbox")):  # with both, masks get the boxes' areas
-        some = [{name: value for name, value in result.items() if name != left_out} for result in flat]
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
         with contextlib.redirect_stdout(io.StringIO()):
-            found = images.coco.loadRes(some) if some else COCO()  # loadRes takes no empty list
+            copies = [dict(result) for result in flat]  # loadRes adds to them, and takes no empty list
+            found = images.coco.loadRes(copies) if copies else COCO()
             evaluation = COCOeval(images.coco, found, kind)
             evaluation.params.imgIds, evaluation.params.catIds = list(results), images.category_ids
             evaluation.evaluate()
             evaluation.accumulate()
         precision = torch.from_numpy(evaluation.eval["precision"])[:, :, :, 0, -1]  # (IoUs, recalls, classes)
-        name = {"bbox": "box", "segm": "mask"}[kind]
         for suffix, ious in (("ap", slice(None)), ("ap50", slice(0, 1)), ("ap75", slice(5, 6))):
             scores[f"{name}_{suffix}"] = mean_precision(precision[ious])
         of_classes[name] = [mean_precision(precision[:, :, i]) for i in range(precision.shape[2])]

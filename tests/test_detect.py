@@ -260,6 +260,11 @@ def test_scenes_are_drawn_once_and_whole(monkeypatch, tmp_path):
     drawn = next(calls)
     assert data.write_scenes(tmp_path, (16, 16), dict(train=3, val=2)) == folder and next(calls) == drawn + 1
     assert data.write_scenes(tmp_path, (16, 16), dict(train=4, val=2)) != folder
+    is_dir = Path.is_dir  # another run draws at the same time and is faster
+    answers = iter([False])
+    monkeypatch.setattr(Path, "is_dir", lambda path: next(answers, True) and is_dir(path))
+    assert data.write_scenes(tmp_path, (16, 16), dict(train=3, val=2)) == folder
+    assert [path.suffix for path in folder.glob("*/*")].count(".png") == 5
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--data-root .*file cannot be written"):
         data.write_scenes(tmp_path / "file", (16, 16), dict(train=1, val=1))
@@ -874,6 +879,18 @@ def test_nothing_found_scores_zero(val_scenes):
 
     results, scores, _ = score(val_scenes, Blind())
     assert scores == dict.fromkeys(detect.APS, 0.0) and list(results) == val_scenes.ids
+
+
+def test_results():
+    """Soft masks become hard ones, boxes width and height, labels category ids."""
+    soft = torch.zeros(1, 1, 8, 10)
+    soft[..., 2:6, 3:7], soft[..., 6:8, 3:7] = 0.51, 0.49
+    boxes, labels, scores = torch.tensor([[3.0, 2, 7, 6.5]]), torch.tensor([2]), torch.tensor([0.5])
+    found = dict(boxes=boxes, labels=labels, scores=scores, masks=soft)
+    (result,) = detect.coco_results(found, 9, [3, 8, 90])
+    assert result.pop("segmentation") == rle(rectangle((8, 10), 3, 2, 7, 6))
+    assert result == dict(image_id=9, category_id=8, bbox=[3, 2, 4, 4.5], score=0.5)
+    assert boxes.tolist() == [[3, 2, 7, 6.5]]
 
 
 def test_a_subset_is_scored_as_such(scenes, val_scenes):
