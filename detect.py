@@ -637,6 +637,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World)
     for model.backbone.ptr in reductions:
         found.append(find_objects(model, loader, val.category_ids, world, unreadable))
     if world.is_main:
+        model.backbone.ptr = reductions[0]
         print(f"data    {args.data}: {describe_images(val)} to score")
         print(describe_model(args, model))
         scored = [score_objects(val, results) for results in found]

@@ -386,6 +386,7 @@ def test_unreadable_images(tmp_path, spoil):
     def change(content):
         if spoil == "size":
             content["images"][1].update(height=32, width=24)
+            content["annotations"].pop(1)  # what is left is a polygon, which fits any size
         if spoil == "mask":
             content["annotations"][1]["segmentation"] = rle(rectangle((10, 10), 1, 1, 5, 5))
 
@@ -739,6 +740,13 @@ def test_detector_is_torchvisions():
     assert same(found, MaskRCNN.forward(model, images)) and len(found[0]["labels"]) > 3
 
 
+def test_the_backbone_is_told_each_images_size():
+    model, seen = small_detector(short_side=(40,), long_side=64), []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append((tuple(inputs[0].shape), inputs[1])))
+    model.eval()([torch.rand(3, 20, 30), torch.rand(3, 50, 25)])
+    assert seen == [((2, 3, 64, 64), [(40, 60), (64, 32)])]
+
+
 def test_detector_returns_to_the_images_size():
     model = small_detector().eval()
     model.roi_heads.score_thresh = 0.0
@@ -834,7 +842,11 @@ def val_scenes(scenes):
 
 
 def test_perfect_predictions_score_one(tmp_path, val_scenes):
-    for images in (val_scenes, read_coco(write_coco(tmp_path, lambda c: c["annotations"].pop(5)))):
+    def change(content):  # the box without an area, which nobody finds, goes; and of one class there is nothing
+        content["annotations"].pop(5)
+        content["categories"].append(dict(id=7, name="elephant"))
+
+    for images in (val_scenes, read_coco(write_coco(tmp_path, change))):
         model = Oracle(images)
         results, scores, of_classes = score(images, model)
         assert sorted(model.seen) == images.ids == list(results), "each image once"
@@ -1026,6 +1038,7 @@ def test_evaluation_at_several_ratios(finished, capsys):
     out = capsys.readouterr().out
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("0 ", "0.5 "))]
     assert [(row[0], row[1]) for row in rows] == [("0", "64"), ("0.5", "32")] and "3 images" in out
+    assert f"{float(rows[0][2]):.3g} GMACs" in out
     assert float(rows[1][2]) < float(rows[0][2]) and "dropping after blocks [0]" in out
 
 
