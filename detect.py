@@ -301,7 +301,7 @@ class ViTPyramid(nn.Module):
         whole, tapped = patches, []
         ids = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)  # (B, n)
         for i, block in enumerate(self.encoder.blocks):
-            x = checkpointed(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
+            x = checkpointed(block, x, use_reentrant=False) if self.checkpointing else block(x)
             if i in self.taps or i in self.ptr.blocks:
                 whole = scatter_tokens(whole, x[:, 1:], ids)
             tapped += [whole] * self.taps.count(i)
