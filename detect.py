@@ -240,8 +240,9 @@ class ViTPyramid(nn.Module):
     """A plain ViT with global attention and a feature pyramid on four of its blocks.
 
     The blocks see each image alone, on the grid of its own size: no padding takes part in attention, positions or PTR's
-    mean, and what comes out does not depend on the other images of a batch. Images with the same grid go together.
-    There is no final norm: `encoder` loses it, since a module without a gradient would break DDP.
+    mean, and an image's tokens do not depend on the others of its batch (the pyramid's convolutions see zeros beyond
+    the image). Images with the same grid go together. There is no final norm: `encoder` loses it, since a module
+    without a gradient would break DDP.
     """
 
     def __init__(
@@ -326,11 +327,10 @@ class ViTPyramid(nn.Module):
 
 def has_learned_positions(encoder: ViT) -> bool:
     """Whether an encoder's positions are others than the fixed sine-cosine ones."""
-    fixed = sincos_position_embedding(encoder.dim, encoder.grid) if encoder.dim % 4 == 0 else torch.full((1,), math.inf)
-    return not torch.allclose(encoder.pos_embed, fixed, atol=1e-3)
+    return not torch.allclose(encoder.pos_embed, sincos_position_embedding(encoder.dim, encoder.grid), atol=1e-3)
 
 
-class RoIAlign(MultiScaleRoIAlign):
+class PyramidRoIAlign(MultiScaleRoIAlign):
     """torchvision's, told the strides: it would infer them from the first batch, wrongly where padding is large.
 
     A region goes to the map whose anchors are about its size: for anchors from 32 pixels on, as in the FPN paper.
@@ -375,11 +375,11 @@ class Detector(MaskRCNN):
             rpn_post_nms_top_n_train=2 * proposals,
             rpn_pre_nms_top_n_test=proposals,
             rpn_post_nms_top_n_test=proposals,
-            box_roi_pool=RoIAlign(7, anchor),
+            box_roi_pool=PyramidRoIAlign(7, anchor),
             box_head=FastRCNNConvFCHead((c, 7, 7), [c] * 4, [4 * c], norm_layer=LayerNorm2d),
             box_predictor=FastRCNNPredictor(4 * c, 1 + num_classes),  # 0 is the background
             box_batch_size_per_image=rois,
-            mask_roi_pool=RoIAlign(14, anchor),
+            mask_roi_pool=PyramidRoIAlign(14, anchor),
             mask_head=MaskRCNNHeads(c, [c] * 4, dilation=1, norm_layer=LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(c, c, 1 + num_classes),
         )

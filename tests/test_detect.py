@@ -168,7 +168,7 @@ def run(scenes, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_scoring(monkeypatch):
-    """Scores without looking for objects, for tests of other things: box APs to be set, mask APs the other way round."""
+    """Scores without looking for objects, for tests of other things: box APs to be set, and mask APs of 1 - box AP."""
     box_aps = itertools.repeat(0.0)
 
     def score(*_):
@@ -630,7 +630,7 @@ def test_checkpointing_changes_no_gradient():
 def test_regions_are_pooled_at_the_strides():
     """torchvision would infer other strides from a small image in a large batch; and large anchors mean coarse maps."""
     maps = {str(i): torch.randn(1, 4, 64 // 2**i, 64 // 2**i) for i in range(4)} | {"pool": torch.randn(1, 4, 4, 4)}
-    pool = detect.RoIAlign(7, anchor=16)
+    pool = detect.PyramidRoIAlign(7, anchor=16)
     sides = [(20, 0), (50, 0), (60, 1), (110, 1), (115, 2), (220, 2), (250, 3), (700, 3)]
     for side, level in sides:
         box = torch.tensor([[8.0, 12.0, 8 + side, 12 + side]])
@@ -638,7 +638,7 @@ def test_regions_are_pooled_at_the_strides():
         assert torch.equal(pool(maps, [box], [(33, 33)]), expected), side
     box = torch.tensor([[8.0, 12.0, 68.0, 72.0]])
     finest = roi_align(maps["0"], [box], 7, spatial_scale=1 / 4, sampling_ratio=2)
-    assert torch.equal(detect.RoIAlign(7, anchor=32)(maps, [box], [(33, 33)]), finest)
+    assert torch.equal(detect.PyramidRoIAlign(7, anchor=32)(maps, [box], [(33, 33)]), finest)
 
 
 def test_patches_are_resized():
