@@ -34,7 +34,10 @@ from ptr import CRITERIA, PLACEMENTS
 MAX_SKIPPED_IN_A_ROW = 10
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding.
-FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume", "dry_run")
+FREE = (
+    "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
+    "per_class", "results",
+)  # fmt: skip
 
 
 class UserError(Exception):

@@ -988,7 +988,7 @@ def test_resumed_equals_uninterrupted(monkeypatch, run, tmp_path):
         run(RANDOM, name="parts")
     monkeypatch.setattr(engine.Trainer, "train_epoch", honest)
     assert log(tmp_path / "parts")[-1]["epoch"] == 2
-    resumed = run({}, name="parts", resume=True, workers=1)
+    resumed = run({}, name="parts", resume=True, workers=1, checkpointing=True, per_class=True)
     assert same(whole, resumed) and same(log(tmp_path / "whole"), log(tmp_path / "parts"))
     with pytest.raises(UserError, match="made with other settings: --rois 8 there, 16 here"):
         run({}, name="parts", resume=True, rois=16)
