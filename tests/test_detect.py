@@ -962,6 +962,8 @@ def test_run_folder(finished):
         assert all(0 <= row[name] <= 1 for name in detect.APS)
     assert last["history"] == rows and last["method"] == "detect" and last["num_images"] == 8
     assert last["categories"][1] == [3, "square"] and not last["learned_positions"]
+    scales = {group["lr_scale"]: group["lr"] for group in last["optimizer"]["param_groups"]}
+    assert scales == {0.75**i: pytest.approx(0.75**i * rows[-1]["lr"]) for i in range(4)}
     scores = [row["box_ap"] for row in rows]
     assert best["history"][-1]["box_ap"] == max(scores) and "optimizer" not in best
     encoder = load_encoder(last, log=lambda text: None)  # a detector's encoder can be taken on
@@ -1172,18 +1174,27 @@ def in_two_processes(*words):
     return result.stdout
 
 
-def test_two_processes(finished, scenes, tmp_path):
+def test_two_processes(scenes, tmp_path):
     """They train together, and score what one process scores: each of an odd number of images once."""
     out = tmp_path / "two"
     found = tmp_path / "one.json", tmp_path / "two.json"
-    text = in_two_processes(__file__, *flags(TINY | dict(data_root=scenes, out=out, epochs=1, results=found[1])))
+    settings = TINY | dict(limit=9, data_root=scenes, out=out, epochs=1, results=found[1])
+    text = in_two_processes(__file__, *flags(settings))
     assert "2 process(es)" in text and log(out)[-1]["step"] == 2
-    evaluation = ["--eval", out / "last.pt", "--device", "cpu", "--results"]
-    detect.main([*map(str, evaluation), str(found[0]), "--limit", "8"])
+    shares = [set(json.loads(line.removeprefix("scored"))) for line in text.splitlines() if line.startswith("scored")]
+    assert sorted(map(len, shares)) == [4, 5] and len(shares[0] | shares[1]) == 9
+    detect.main(["--eval", str(out / "last.pt"), "--device", "cpu", "--results", str(found[0]), "--limit", "9"])
     one, two = (json.loads(path.read_text()) for path in found)
-    assert one == two and len({result["image_id"] for result in one}) > 1
+    assert one == two and {result["image_id"] for result in one} <= shares[0] | shares[1] and len(one) > 9
 
 
 if __name__ == "__main__":
     data.NUM_SCENES = dict(train=24, val=10)
+    gather_lists = engine.gather_lists
+
+    def report(items):
+        sys.stdout.write(f"scored{json.dumps([image_id for image_id, _ in items])}\n")
+        return gather_lists(items)
+
+    engine.gather_lists = report
     engine.launch(functools.partial(detect.main, sys.argv[1:]))
