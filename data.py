@@ -1,31 +1,38 @@
-"""Images in, uint8 batches out: the built-in `shapes`, any folder of image files, torchvision's sets.
+"""Images in, uint8 batches out: the built-in `shapes`, any folder of image files, torchvision's sets, COCO's format.
 
 Every view of an image is a function of (seed, epoch, index) alone: the number of workers or of processes never changes
 what is trained on. Workers hand over uint8; `Normalize` scales on the device.
 """
 
 import argparse
+import contextlib
 import functools
+import io
+import json
 import math
 import os
 import pickle
 import struct
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torchvision
 from PIL import Image, ImageOps
+from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
-from engine import UserError, add_flag, derive_seed, generator
+from engine import UserError, add_flag, derive_seed, generator, reason
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -219,6 +226,13 @@ class Shapes(Dataset):
         return self.images[index], self.labels[index]
 
 
+def paint(darkest: float, brightest: float, hue: Tensor, stripe: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """A colour between two, with faint stripes: draws (n, 3) and (n, 3, 1, 1), grids (1, 1, W), (1, H, 1) -> pixels."""
+    direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.06 * stripe[:, 2]
+    wave = strength * torch.sin(frequency * (direction.cos() * x + direction.sin() * y))
+    return (darkest + (brightest - darkest) * hue)[:, :, None, None] + wave[:, None]
+
+
 def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     """Draw images of `shapes`: uint8 (n, 3, H, W), labels (n,), and how far the object covers each pixel (n, H, W)."""
     draws = torch.stack([torch.rand(18, generator=generator("shapes", split, index)) for index in indices])
@@ -243,13 +257,8 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
         distance[chosen] = shape(u[chosen], v[chosen])
     coverage = (0.5 - distance * radius * min(image_size) / 2).clamp(0, 1)  # a one-pixel soft edge
 
-    def paint(darkest: float, brightest: float, hue: Tensor, stripe: Tensor) -> Tensor:
-        direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.06 * stripe[:, 2]
-        wave = strength * torch.sin(frequency * (direction.cos() * x + direction.sin() * y))
-        return (darkest + (brightest - darkest) * hue)[:, :, None, None] + wave[:, None]
-
-    ground = paint(0.1, 0.3, hues[:, :3], stripes[:, :3])
-    thing = paint(0.7, 0.9, hues[:, 3:], stripes[:, 3:])
+    ground = paint(0.1, 0.3, hues[:, :3], stripes[:, :3], x, y)
+    thing = paint(0.7, 0.9, hues[:, 3:], stripes[:, 3:], x, y)
     images = torch.lerp(ground, thing, coverage[:, None])
     return (images.clamp(0, 1) * 255).round().byte(), labels, coverage
 
@@ -281,11 +290,15 @@ def fill_in(args: argparse.Namespace) -> None:
         "stl10": small | dict(image_size=[96], patch_size=8),
     }
     folder = dict(image_size=[224], patch_size=16, min_crop=0.2, knn_every=0)
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    workers = 0 if args.data == "shapes" else min(8, max(1, cores))
-    for name, value in (known.get(args.data, folder) | dict(workers=workers)).items():
+    for name, value in (known.get(args.data, folder) | dict(workers=usual_workers(args.data))).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def usual_workers(name: str) -> int:
+    """How many processes load the data of this name, where nobody says."""
+    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if name == "shapes" else min(8, max(1, cores))
 
 
 def sides(image_size: list[int]) -> tuple[int, int]:
@@ -531,7 +544,14 @@ def collate(samples: list[tuple[Tensor, int, list[str]]]) -> tuple[Tensor, Tenso
     return views, labels, [message for sample in samples for message in sample[2]]
 
 
-def training_loader(views: Views, batch_size: int, workers: int, rank: int = 0, num_processes: int = 1) -> DataLoader:
+def training_loader(
+    views: Views,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    collate_fn: Callable = collate,
+) -> DataLoader:
     """Shuffled batches of one process; call `loader.sampler.set_epoch` before each epoch.
 
     Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
@@ -543,7 +563,7 @@ def training_loader(views: Views, batch_size: int, workers: int, rank: int = 0, 
         batch_size,
         sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         drop_last=True,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
@@ -556,11 +576,16 @@ def evaluation_views(images: Dataset, size: tuple[int, int], channels: int) -> V
 
 
 def evaluation_loader(
-    views: Views, batch_size: int, workers: int, rank: int = 0, num_processes: int = 1
+    views: Views,
+    batch_size: int,
+    workers: int,
+    rank: int = 0,
+    num_processes: int = 1,
+    collate_fn: Callable = collate,
 ) -> DataLoader:
     """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
     keys = [(0, index) for index in range(rank, len(views), num_processes)]
-    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=collate)
+    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=collate_fn)
 
 
 class Normalize(nn.Module):
@@ -575,3 +600,285 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         images = images.to(self.mean.device, non_blocking=True)
         return (images.float() / 255 - self.mean) / self.std
+
+
+# --- detection: COCO's format -----------------------------------------------------------------------------------------
+
+Target = dict[str, Any]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W), image_id
+
+
+class CocoDetection(torchvision.datasets.CocoDetection):
+    """Images and their objects, from an image folder and an annotation file in COCO's format. Raises UserError.
+
+    An item is an image, uint8 (3, H, W), and its target: `boxes`, float32 (n, 4), left, top, right, bottom in pixels;
+    `labels`, int64 (n,), from 1 in the order of the category ids, which may have holes (0 is the background); `masks`,
+    uint8 (n, H, W); `image_id`. Crowds and boxes without an area are no targets; `coco` has them for the evaluation.
+    `ids` are the images: all, or `limit` of them at random; `categories` (id, name) of labels 1, 2, ...
+    """
+
+    def __init__(self, folder: Path, annotations: Path, limit: int | None = None):
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # the reader is talkative
+                super().__init__(folder, annotations)
+                tidy_annotations(self.coco.dataset)
+                self.coco.createIndex()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise UserError(f"--data: {annotations} is no annotation file in COCO's format ({reason(error)})") from None
+        self.use_categories([(category, self.coco.cats[category]["name"]) for category in sorted(self.coco.cats)])
+        if limit is not None and limit < len(self.ids):
+            chosen = torch.randperm(len(self.ids), generator=generator("limit"))[:limit]
+            self.ids = sorted(self.ids[i] for i in chosen.tolist())
+
+    def use_categories(self, categories: list[tuple[int, str]]) -> None:
+        """Number the labels by these ids and names, of another split say, instead of by its own. Raises UserError."""
+        own = [(i, category["name"]) for i, category in self.coco.cats.items()]
+        unknown = [category for category in own if category not in categories]
+        if unknown:
+            raise UserError(f"--data: {self.root} has categories that the training images lack: {unknown[:5]}")
+        self.categories = categories
+        self.category_ids = [category for category, _ in categories]
+        self.labels = {category: label for label, category in enumerate(self.category_ids, start=1)}
+
+    def num_objects(self) -> int:
+        """How many objects there are to find, crowds not counted."""
+        return sum(not a["iscrowd"] for image_id in self.ids for a in self.coco.imgToAnns.get(image_id, ()))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        info = self.coco.imgs[self.ids[index]]
+        path = Path(self.root) / info["file_name"]
+        image, size = read_image(path), (info["height"], info["width"])
+        if tuple(image.shape[-2:]) != size:
+            raise UnreadableImage(f"{path}: {image.shape[-2]} x {image.shape[-1]} pixels, annotated as {size}")
+        return image, self.target(info)
+
+    def target(self, info: dict[str, Any]) -> Target:
+        """The objects of one image. Raises UnreadableImage where a mask cannot be read or has another size."""
+        size = info["height"], info["width"]
+        found = [a for a in self.coco.imgToAnns.get(info["id"], ()) if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
+        solid = (boxes[:, 2:] - boxes[:, :2] > 0.01).all(dim=1)  # less could round to nothing when resized
+        found = [a for a, is_solid in zip(found, solid.tolist(), strict=True) if is_solid]
+        try:
+            masks = [torch.from_numpy(self.coco.annToMask(a)) for a in found]
+            masks = torch.stack(masks) if masks else torch.zeros(0, *size, dtype=torch.uint8)
+            if masks.shape[1:] != size:
+                raise ValueError(f"they are {tuple(masks.shape[1:])}")
+        except (ValueError, RuntimeError, TypeError, LookupError) as error:
+            raise UnreadableImage(f"{info['file_name']}: its masks do not fit {size} ({reason(error)})") from None
+        labels = torch.tensor([self.labels[a["category_id"]] for a in found], dtype=torch.int64)
+        return dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
+
+
+def tidy_annotations(content: dict[str, Any]) -> None:
+    """Check an annotation file's content and complete what COCO's own evaluation needs, in place. Raises ValueError.
+
+    Annotations get new ids from 1: the evaluation takes an object of id 0 for one that was not found, and of two with
+    the same id knows only one. Those of images that are not listed go; polygons of less than three points go, which
+    would be read as boxes.
+    """
+    categories = {category["id"]: category["name"] for category in content["categories"]}
+    if not categories or len(categories) != len(content["categories"]):
+        raise ValueError("no categories, or two with the same id")
+    images = {image["id"]: (image["file_name"], image["height"], image["width"]) for image in content["images"]}
+    if not images or len(images) != len(content["images"]):
+        raise ValueError("no images, or two with the same id")
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in images]
+    for number, annotation in enumerate(content["annotations"], start=1):
+        name = f"annotation {annotation.get('id')}"
+        if annotation["category_id"] not in categories:
+            raise ValueError(f"{name} is of category {annotation['category_id']}, which is not listed")
+        box = annotation["bbox"]
+        if len(box) != 4 or not all(map(math.isfinite, box)):
+            raise ValueError(f"{name} has the box {box}")
+        mask = annotation.get("segmentation")
+        if isinstance(mask, list):
+            mask = annotation["segmentation"] = [points for points in mask if len(points) >= 6]
+        if not mask:
+            raise ValueError(f"{name} has no mask (segmentation), and Mask R-CNN learns masks")
+        annotation["id"] = number
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", box[2] * box[3])
+
+
+def detection_folder(name: str, root: Path, limit: int | None, image_size: tuple[int, int]) -> Path:
+    """Where the images with objects are: `shapes` are drawn into `root` if they are not there yet, at least `limit` to
+    train on; `coco` is in `root`; any other name is a folder like COCO's. Raises UserError.
+    """
+    if name == "shapes":
+        return write_scenes(root, image_size, dict(train=max(limit or 0, NUM_SCENES["train"]), val=NUM_SCENES["val"]))
+    return root if name == "coco" else Path(name)
+
+
+def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
+    """The image folder and the annotation file of `split`, train or val. Raises UserError."""
+    files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
+    if len(files) != 1:
+        what = f"several: {', '.join(file.name for file in files)}" if files else "none"
+        raise UserError(
+            f"--data: {folder} must have one file annotations/instances_{split}*.json, beside a folder with its images "
+            f"(instances_{split}2017.json: {split}2017/), but has {what}"
+        )
+    images = folder / files[0].stem.removeprefix("instances_")
+    if not images.is_dir():
+        raise UserError(f"--data: there is no folder {images} with the images of {files[0]}")
+    return images, files[0]
+
+
+# --- detection: built-in scenes of shapes -----------------------------------------------------------------------------
+
+NUM_SCENES = dict(train=400, val=100)  # more to train on if --limit says so
+SCENE_CATEGORIES = tuple(range(1, 2 * len(SHAPES), 2))  # ids with holes, as COCO's have
+
+
+def draw_scene(split: str, index: int, image_size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor]:
+    """One to five `shapes` on one ground: uint8 (3, H, W), their labels from 0, and what is seen of each, (n, H, W).
+
+    A function of (split, index, size) alone. Sizes are 0.2 to 0.45 of the shorter side; outlines hardly overlap, and
+    where they do the later object is in front.
+    """
+    random = generator("scene", split, index)
+    height, width = image_size
+    short = min(image_size)
+    rows, columns = torch.arange(height)[None, :, None] + 0.5, torch.arange(width)[None, None, :] + 0.5  # of pixels
+    x, y = 2 * columns / short, 2 * rows / short
+
+    def draw(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=random)
+
+    image = paint(0.1, 0.3, draw(1, 3), draw(1, 3, 1, 1), x, y)
+    placed: list[tuple[float, float, float]] = []
+    labels, masks = [], torch.zeros(0, height, width, dtype=torch.bool)
+    for _ in range(1 + int(5 * draw(1))):
+        radius = short * (0.1 + 0.125 * draw(1).item())
+        for left, top in draw(10, 2).tolist():  # ten tries to find a free place
+            place = radius + left * (width - 2 * radius), radius + top * (height - 2 * radius)
+            if all(math.dist(place, other) > 0.8 * (radius + size) for *other, size in placed):
+                break
+        else:
+            continue
+        placed.append((*place, radius))
+        labels.append(int(len(SHAPES) * draw(1)))
+        angle = math.radians(15) * (2 * draw(1).item() - 1)
+        right, down = (columns - place[0]) / radius, (rows - place[1]) / radius
+        u, v = math.cos(angle) * right + math.sin(angle) * down, math.cos(angle) * down - math.sin(angle) * right
+        coverage = (0.5 - SHAPES[labels[-1]](u, v) * radius).clamp(0, 1)  # (1, H, W), with a soft edge of one pixel
+        image = torch.lerp(image, paint(0.7, 0.9, draw(1, 3), draw(1, 3, 1, 1), x, y), coverage)
+        masks = torch.cat([masks & (coverage < 0.5), coverage >= 0.5])
+    return (image[0].clamp(0, 1) * 255).round().byte(), labels, masks
+
+
+def write_scenes(root: Path, image_size: tuple[int, int], lengths: dict[str, int]) -> Path:
+    """Scenes as a folder in COCO's format, of `lengths` by split; drawn once, and then whole. Raises UserError."""
+    height, width = image_size
+    folder = root / f"shapes-{height}x{width}-{'-'.join(map(str, lengths.values()))}"
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".shapes-") as temporary:
+            whole = Path(temporary) / "whole"
+            (whole / "annotations").mkdir(parents=True)
+            for split, length in lengths.items():
+                (whole / f"{split}2017").mkdir()
+                content = write_split(whole / f"{split}2017", split, length, image_size)
+                (whole / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+            whole.rename(folder)
+    except OSError as error:
+        if not folder.is_dir():  # else another run was faster
+            raise UserError(f"--data-root {root} cannot be written ({reason(error)})") from None
+    return folder
+
+
+def write_split(folder: Path, split: str, length: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Write the images of one split, from image id 1; returns the content of its annotation file."""
+    images, annotations = [], []
+    for index in range(length):
+        pixels, labels, masks = draw_scene(split, index, image_size)
+        name = f"{index + 1:012}.png"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
+        images.append(dict(id=index + 1, file_name=name, height=image_size[0], width=image_size[1]))
+        for label, mask in zip(labels, masks, strict=True):
+            rle = encode_mask(mask)
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=index + 1, category_id=SCENE_CATEGORIES[label], iscrowd=0,
+                bbox=coco_mask.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle,
+            ))  # fmt: skip
+    categories = [dict(id=i, name=shape.__name__) for i, shape in zip(SCENE_CATEGORIES, SHAPES, strict=True)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def encode_mask(mask: Tensor) -> dict[str, Any]:
+    """A mask (H, W), bool, run-length encoded as COCO's tools do, fit for JSON."""
+    rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return rle | dict(counts=rle["counts"].decode("ascii"))
+
+
+# --- detection: views -------------------------------------------------------------------------------------------------
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Mirror an image (C, H, W) and its objects, left to right."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    boxes = torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], dim=1)
+    return image.flip(-1), target | dict(boxes=boxes, masks=target["masks"].flip(-1))
+
+
+def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
+    """A part of an image and what of its objects is in it; boxes shrink to what is seen, objects out of sight go."""
+    area = ..., slice(top, top + height), slice(left, left + width)
+    masks = target["masks"][area]
+    seen = masks.flatten(1).any(dim=1).bool()
+    boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # from a pixel's edge to an edge
+    return image[area], target | dict(boxes=boxes, labels=target["labels"][seen], masks=masks[seen])
+
+
+def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """DETR's crop: of 384 to 600 pixels a side (or the whole side), when the shorter one measures 400, 500 or 600.
+
+    DETR resizes, crops and resizes again; here the crop is worked out in the image's own pixels, so that it is resized
+    once, by the model.
+    """
+
+    def draw(lowest: int, highest: int) -> int:
+        return int(torch.randint(lowest, highest + 1, ()))
+
+    sides = image.shape[-2:]
+    scale = (400, 500, 600)[draw(0, 2)] / min(sides)
+    scaled = [round(scale * side) for side in sides]
+    lengths = [draw(min(384, side), min(600, side)) for side in scaled]
+    lengths = [min(side, max(1, round(length / scale))) for side, length in zip(sides, lengths, strict=True)]
+    offsets = [draw(0, side - length) for side, length in zip(sides, lengths, strict=True)]
+    return crop(image, target, *offsets, *lengths)
+
+
+def detection_view(crop_share: float) -> Callable[[Tensor, Target], tuple[Tensor, Target]]:
+    """Half of the images flipped, `crop_share` of them cropped; the model resizes."""
+
+    def view(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+        do_flip, do_crop = torch.rand(2).tolist()
+        if do_flip < 0.5:
+            image, target = flip(image, target)
+        return random_crop(image, target) if do_crop < crop_share else (image, target)
+
+    return view
+
+
+class DetectionViews(Views):
+    """As `Views`, for images with targets; what stands for an unreadable one has no objects, and image id -1."""
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target, list[str]]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed(self.seed, "view", *key))
+            image, target, unreadable = self.read(key[1])
+            if target == -1:
+                target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
+                target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
+            image, target = self.view(image, target)
+        return image if self.channels == 3 else tvf.rgb_to_grayscale(image), target, unreadable
+
+
+def collate_detection(samples: list[tuple[Tensor, Target, list[str]]]) -> tuple[list[Tensor], list[Target], list[str]]:
+    """Views and targets as lists, since sizes and numbers differ, and all messages about unreadable files."""
+    images, targets, messages = zip(*samples, strict=True)
+    return list(images), list(targets), [message for some in messages for message in some]

@@ -34,7 +34,10 @@ from ptr import CRITERIA, PLACEMENTS
 MAX_SKIPPED_IN_A_ROW = 10
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding.
-FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume", "dry_run")
+FREE = (
+    "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
+    "per_class", "results",
+)  # fmt: skip
 
 
 class UserError(Exception):
@@ -104,10 +107,12 @@ def add_ptr_flags(add: Callable[..., None]) -> None:
     add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
 
 
-def add_optimisation_flags(add: Callable[..., None], *, epochs: int, blr: float, warmup_epochs: float) -> None:
+def add_optimisation_flags(
+    add: Callable[..., None], *, epochs: int, blr: float, warmup_epochs: float, batch_size: int = 64
+) -> None:
     """The flags about steps and learning rates, with a script's defaults."""
     add("--epochs", epochs, "passes over the data")
-    add("--batch-size", 64, "images a step, over all processes")
+    add("--batch-size", batch_size, "images a step, over all processes")
     add("--micro-batch", None, "images at once in one process; gradients accumulate (default: all)", type=int)
     add("--blr", blr, "learning rate per 256 images: lr = blr * batch size / 256")
     add("--lr", None, "learning rate; overrides --blr", type=float)
@@ -171,9 +176,12 @@ def check_values(
         ("seed", args.seed < 2**32, "below 2^32"),
         ("warmup_epochs", 0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs = {args.epochs})"),
         ("drop_path", 0 <= args.drop_path < 1, "in [0, 1)"),
-        ("min_crop", args.min_crop is None or 0 < args.min_crop <= 1, "in (0, 1]"),
-        ("image_size", len(args.image_size or ()) <= 2, "one number, or height and width"),
     ]
+    if "min_crop" in args:  # the flags of data.add_data_flags
+        checks += [
+            ("min_crop", args.min_crop is None or 0 < args.min_crop <= 1, "in (0, 1]"),
+            ("image_size", len(args.image_size or ()) <= 2, "one number, or height and width"),
+        ]
     for name, holds, need in checks + requirements:
         if not holds:
             raise UserError(f"--{name.replace('_', '-')} must be {need}, got {getattr(args, name)}")
@@ -273,6 +281,8 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "auto":
         native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         precision = "bf16" if native else "fp32"
+    if device.type == "meta":  # nothing is computed there, and torch has no autocast for it
+        return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
@@ -284,6 +294,12 @@ def warmup_cosine(step: float, *, peak: float, total: float, warmup: float, fina
     if step < warmup:
         return peak * step / warmup
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def warmup_steps(step: float, *, peak: float, milestones: list[float], warmup: float, factor: float = 0.1) -> float:
+    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, times `factor` after each of `milestones`."""
+    rate = peak * min(step / warmup, 1.0) if warmup else peak
+    return rate * factor ** sum(step >= milestone for milestone in milestones)
 
 
 def ema_momentum(step: float, *, base: float, total: float) -> float:
@@ -405,6 +421,10 @@ class Trainer:
         warmup = self.args.warmup_epochs * self.steps_per_epoch
         return dict(lr=warmup_cosine(step, peak=self.peak_lr, total=self.total_steps, warmup=warmup))
 
+    def progress(self, row: dict[str, float]) -> dict[str, str]:
+        """What the bar shows of a step."""
+        return dict(loss=f"{row['loss']:.3f}")
+
     def after_step(self, settings: dict[str, float]) -> None:
         """What follows each optimizer step that was taken; `settings` are the schedule's."""
 
@@ -473,7 +493,7 @@ class Trainer:
         bar = tqdm(range(steps), f"epoch {epoch + 1}/{self.args.epochs}", leave=False, disable=not self.world.is_main)
         for _ in bar:
             rows.append(self.train_step(batches))
-            bar.set_postfix(loss=f"{rows[-1]['loss']:.3f}")
+            bar.set_postfix(self.progress(rows[-1]))
         seconds = time.perf_counter() - start
         good = [row for row in rows if all(map(math.isfinite, row.values()))]
         mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
@@ -595,6 +615,15 @@ def fit(
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
+def gather_lists(items: list[Any]) -> list[Any] | None:
+    """The lists of all processes, one behind the other, for the first process; None for the others."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(items, lists)
+    return None if lists is None else list(itertools.chain(*lists))
+
+
 @torch.no_grad()
 def predict(
     function: Callable[[Tensor], Tensor],
@@ -616,13 +645,10 @@ def predict(
         with autocast(device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[labels >= 0], labels[labels >= 0]))
-    gathered = [results]
-    if dist.is_initialized():
-        gathered = [None] * dist.get_world_size() if is_main else None
-        dist.gather_object(results, gathered)
-    if not is_main:
+    results = gather_lists(results)
+    if results is None:
         return None
-    all_outputs, all_labels = zip(*itertools.chain(*gathered), strict=True)
+    all_outputs, all_labels = zip(*results, strict=True)
     return torch.cat(all_outputs), torch.cat(all_labels)
 
 

@@ -79,6 +79,11 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
     return x.gather(1, ids.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
+def scatter_tokens(x: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
+    """Put tokens back into their places, what `gather_tokens` undoes: (B, N, D), (B, k, D), (B, k) -> (B, N, D)."""
+    return x.scatter(1, ids.unsqueeze(-1).expand_as(tokens), tokens.to(x.dtype))
+
+
 def drop_tokens(
     x: Tensor, drop_ratio: float, num_prefix: int = 0, criterion: str = "similarity"
 ) -> tuple[Tensor, Tensor]:
