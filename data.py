@@ -378,9 +378,12 @@ def validation_images(
 
 
 def class_folders(folder: Path, class_to_idx: dict[str, int] | None = None) -> ClassFolders:
-    """`ClassFolders`, with one sentence for the user where there are none. Raises UserError."""
+    """`ClassFolders`, with one sentence for the user where there are none, or no images. Raises UserError."""
     try:
-        return ClassFolders(folder, class_to_idx)
+        images = ClassFolders(folder, class_to_idx)
+        if not len(images):
+            raise OSError("there are no images in them")
+        return images
     except OSError as error:
         raise UserError(
             f"--data: fine-tuning and --knn-every need train/ and val/ with a folder for each class, but of {folder}: "

@@ -33,7 +33,8 @@ from ptr import CRITERIA, PLACEMENTS
 
 MAX_SKIPPED_IN_A_ROW = 10
 
-# Flags that a resumed run may change: they leave the result as it is, but for rounding.
+# Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
+# for what is drawn anew for each: drop path, MixUp, CutMix.
 FREE = (
     "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
     "per_class", "results",
@@ -395,7 +396,7 @@ class Trainer:
             self.runner = torch.compile(self.runner)
         self.steps_per_epoch = len(loader) // accumulate
         if not self.steps_per_epoch:
-            raise UserError(f"--batch-size {args.batch_size} is more than the {len(loader.dataset)} images of --data")
+            raise UserError(f"--batch-size {args.batch_size} is more than the {len(loader.dataset)} images to train on")
         self.total_steps = args.epochs * self.steps_per_epoch
         self.peak_lr = args.lr if args.lr is not None else args.blr * args.batch_size / 256
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -495,6 +496,9 @@ class Trainer:
             rows.append(self.train_step(batches))
             bar.set_postfix(self.progress(rows[-1]))
         seconds = time.perf_counter() - start
+        if self.ddp is not None:  # BatchNorm's statistics are the first one's: what is saved is what is scored
+            for buffer in self.model.buffers():
+                dist.broadcast(buffer, src=0)
         good = [row for row in rows if all(map(math.isfinite, row.values()))]
         mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
         row = dict(epoch=epoch + 1, step=self.step, loss=mean.pop("loss"), **self.schedule(self.step - 1), **mean)
@@ -746,7 +750,7 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
     Raises UserError where the disk is full or the folder not writable; what was there before is unharmed.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.parent / (path.name + ".tmp")  # also where a name is empty, and cannot be replaced
     try:
         with open(temporary, "wb") as file:
             write(file)

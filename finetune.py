@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
         "MoCo v3 or timm ViT, or none: from scratch", metavar="FILE")
     add("--weights", "student", "which encoder of --init", choices=("student", "teacher"))
     add("--pool", None, "what the head sees: the mean of the patch tokens, or the class token (default: "
-        "mean)", choices=("mean", "class"))
+        "mean; with --eval what the file tells)", choices=("mean", "class"))
     add("--drop-path", 0.0, "stochastic depth")
     add("--heads", None, "attention heads, where --init does not say (MoCo v3's ViT-S without its projector: 12)",
         type=int)
@@ -122,12 +122,10 @@ def read_settings(
     if len(chosen) > 1:
         raise UserError(f"choose one of {' and '.join(chosen)}")
     args, checkpoint = engine.resume_settings(args, given, "finetune")
-    if args.eval and args.pool:
-        raise UserError(f"--pool is for a new classifier: that in --eval {args.eval} says itself what it pools")
-    args.pool = args.pool or "mean"
+    args.pool = args.pool or (None if args.eval is not None else "mean")
     if args.label_fraction is not None and args.labels_per_class is not None:
         raise UserError("choose one of --label-fraction and --labels-per-class")
-    if len(args.drop_ratio) > 1 and not args.eval:
+    if len(args.drop_ratio) > 1 and args.eval is None:
         raise UserError(f"--drop-ratio takes one number where nothing is to be scored by --eval, got {args.drop_ratio}")
     if args.init != "none":
         for name in ("model", "patch_size", "dim", "depth", "channels"):
@@ -140,6 +138,8 @@ def read_settings(
         ("smoothing", 0 <= args.smoothing < 1, "in [0, 1)"),
         ("rand_augment", 0 <= args.rand_augment <= 10, "in [0, 10]"),
         ("erasing", 0 <= args.erasing <= 1, "in [0, 1]"),
+        ("mixup", args.mixup == 0 or args.mixup >= 1e-3, "0 or at least .001"),
+        ("cutmix", args.cutmix == 0 or args.cutmix >= 1e-3, "0 or at least .001"),
     ])  # fmt: skip
     return args, given, checkpoint
 
@@ -263,7 +263,7 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
 
 def summarise(history: list[dict[str, Any]], trainer: Trainer, num_images: int) -> str:
     """How the run ended."""
-    last, best = history[-1], max(history, key=lambda row: row["top1"])
+    last, best = history[-1], max(reversed(history), key=lambda row: row["top1"])
     text = (
         f"top-1 {last['top1']:.1%}, top-5 {last['top5']:.1%} on {num_images:,} validation images after {last['epoch']} "
         f"epochs; best top-1 {best['top1']:.1%} after epoch {best['epoch']}."
@@ -304,19 +304,20 @@ def scores(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> None:
     """`--eval`: accuracy, work and speed of a classifier at each drop ratio, beside the poster's."""
     checkpoint = engine.load_checkpoint(args.eval)
-    saved = checkpoint.get("config", {})  # of a public file nothing is known
+    ours = checkpoint.get("method") == "finetune"  # of a public file nothing is known
+    saved = checkpoint["config"] if ours else {}
     args = argparse.Namespace(**(vars(args) | {name: saved[name] for name in KEPT if name in saved} | given))
-    size = None if args.image_size is None else data.sides(args.image_size)
+    size = data.sides(args.image_size) if "image_size" in given else None
     log = print if world.is_main else lambda text: None
     try:
-        model = load_classifier(checkpoint, image_size=size, heads=args.heads, log=log)
+        model = load_classifier(checkpoint, pool=args.pool, image_size=size, heads=args.heads, log=log)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--eval {args.eval}: {error}") from None
     encoder = model.to(world.device).eval().encoder
     args.channels = encoder.arguments["channels"]
     data.fill_in(args)
     reductions = [token_reduction(args, encoder, ratio) for ratio in args.drop_ratio]
-    names = checkpoint.get("classes")  # of a public file they are taken to be the data's, in order
+    names = checkpoint["classes"] if ours else None  # a public file's are taken to be the data's, in order
     with engine.one_at_first(world, needed=args.download):
         numbers = names and {name: i for i, name in enumerate(names)}
         root, size = Path(args.data_root), encoder.image_size
@@ -333,10 +334,12 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     for model.ptr in reductions:
         results.append(engine.predict(model, loader, normalize, args.precision, unreadable))
     if world.is_main:
-        print(f"data    {args.data}: {len(val):,} images to validate{data.describe_classes(val)}")
+        print(f"data    {args.data}: {len(results[0][1]):,} images to validate{data.describe_classes(val)}")
         print(f"model   {encoder.describe()}, pooled by {model.pool}, on {world.device}")
-        speeds = measure_speed(args, model, reductions, world)
-        print(table(model, reductions, results, speeds))
+        whole, *speeds = measure_speed(args, model, [PTR(), *reductions], world)
+        print(table(model, reductions, results, speeds, whole))
+        if unreadable.files:
+            print(f"{len(unreadable.files)} unreadable images were passed over.")
         if args.per_class:
             print(f"Each class, at drop ratios {' '.join(f'{ratio:g}' for ratio in args.drop_ratio)}:")
             print(class_lines(found, *(engine.class_accuracy(*result) for result in results)))
@@ -356,12 +359,13 @@ def measure_speed(args: argparse.Namespace, model: Classifier, reductions: list[
 
 
 def table(
-    model: Classifier, reductions: list[PTR], results: list[tuple[Tensor, Tensor]], speeds: list[float]
+    model: Classifier, reductions: list[PTR], results: list[tuple[Tensor, Tensor]], speeds: list[float], whole: float
 ) -> str:
-    """The poster's Table 5 with our columns beside it."""
+    """The poster's Table 5 with our columns beside it; speed-ups are over `whole`, the speed without drops."""
     image = torch.zeros(1, model.encoder.arguments["channels"], *model.encoder.image_size)
+    blocks = max((ptr.blocks for ptr in reductions), key=len)
     lines = [
-        f"dropping after blocks {list(reductions[-1].blocks)} (0-based); the poster does not say after which",
+        f"dropping after blocks {list(blocks)} (0-based); the poster does not say after which",
         "  ratio  tokens    GMACs   top-1   top-5  images/s  speed-up  |  poster (ViT-B/16, ImageNet): GMACs  top-1  "
         "speed-up",
     ]
@@ -371,7 +375,7 @@ def table(
         macs = engine.count_macs(model, image) / 1e9
         line = (
             f"  {ratio:5.3g}  {tokens:6}  {macs:7.4g}  {score['top1']:6.1%}  {score['top5']:6.1%}  {speed:8,.1f}  "
-            f"{speed / speeds[0]:7.2f}x  |"
+            f"{speed / whole:7.2f}x  |"
         )
         if ratio in POSTER:
             poster_macs, accuracy, speed_up = POSTER[ratio]
@@ -397,7 +401,8 @@ def nearest_neighbours(args: argparse.Namespace, encoder: ViT, world: World) -> 
         accuracy = engine.knn_accuracy(*results[0], *results[1], k=args.knn)
         classes = data.describe_classes(sets[0])
         print(f"data    {args.data}: {len(sets[0]):,} images{classes}, {len(sets[1]):,} to score")
-        print(f"top-1 {accuracy:.1%} by {args.knn} nearest neighbours of the {args.pool} token features of {args.init}")
+        k = min(args.knn, len(results[0][1]))
+        print(f"top-1 {accuracy:.1%} by {k} nearest neighbours of the {args.pool} token features of {args.init}")
 
 
 # --- for timm ---------------------------------------------------------------------------------------------------------
@@ -451,19 +456,23 @@ def export(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     args, given, checkpoint = read_settings(argv)
-    if args.export:
+    if args.export is not None:
         return export(args)
     world = engine.start_world(args.device)
-    if args.eval:
+    if args.eval is not None:
         return evaluate(args, given, world)
 
     # 1. Encoder, data and classifier. Whatever is wrong with the settings is found out here, before the first step.
-    micro_batch, accumulate = engine.batch_sizes(args, world)
     encoder = build_encoder(args, checkpoint, log=print if world.is_main else lambda text: None)
     if args.knn:
         return nearest_neighbours(args, encoder, world)
     ptr = token_reduction(args, encoder, args.drop_ratio[0])
     train, val = read_images(args, encoder.image_size, world)
+    if "batch_size" not in given:
+        args.batch_size = min(args.batch_size, max(1, len(train) // world.size) * world.size)  # few labels are few
+    micro_batch, accumulate = engine.batch_sizes(args, world)
+    if args.linear_probe and micro_batch < 2:
+        raise UserError("--linear-probe needs two images at once for BatchNorm: raise --batch-size or --micro-batch")
     names = data.classes_of(train)
     model = Classifier(encoder, len(names), pool=args.pool, frozen=args.linear_probe, ptr=ptr)
     view = data.finetuning_view(encoder.image_size, args.min_crop, args.rand_augment, args.erasing)
@@ -498,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         if args.per_class and result is not None:
             print(class_lines(names, engine.class_accuracy(*result)))
-        print(summarise(history, trainer, len(val)))
+        print(summarise(history, trainer, len(val) - len(val_unreadable.files)))
         unreadable = trainer.unreadable.files | val_unreadable.files
         if unreadable:
             print(f"{len(unreadable)} unreadable images were passed over.")

@@ -479,11 +479,13 @@ def load_encoder(
     """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3 or timm.
 
     `image_size` (H, W) other than the checkpoint's resizes the positions. `log` gets a line on what matched. Raises
-    ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's numbers are there.
+    ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's tensors are there.
     """
     tensors = find_weights(checkpoint, weights)
     if "method" in checkpoint and "encoder" in checkpoint:  # ours says what it is
         arguments = checkpoint["encoder"]
+        if heads not in (None, arguments["heads"]):
+            raise ValueError(f"it says itself that it has {arguments['heads']} heads, not {heads} (--heads)")
     else:
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict") or ())
         arguments = infer_arguments(tensors, heads, image_size)
@@ -495,6 +497,7 @@ def load_encoder(
     if "pos_embed" in tensors and tensors["pos_embed"].shape != expected:
         raise ValueError(f"pos_embed is {tuple(tensors['pos_embed'].shape)} there, {expected} here")
     if old_grid != encoder.grid and "pos_embed" in tensors:
+        log(f"positions resized from {' x '.join(map(str, old_grid))} to {' x '.join(map(str, encoder.grid))} patches")
         tensors = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"].float(), old_grid, encoder.grid))
     take_weights(encoder, tensors, log)
     return encoder
@@ -505,7 +508,7 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
     own = encoder.state_dict()
     matched = {name: tensors[name] for name in own if name in tensors}
     missing = [name for name in own if name not in tensors]
-    left_over = [name for name in tensors if name not in own and not name.startswith(("fc_norm.", "head."))]
+    left_over = [name for name in tensors if name not in own]
     foreign = [name for name in left_over if name.startswith(ESSENTIAL)]
     if foreign:
         raise ValueError(f"it is not a plain ViT, but has {', '.join(foreign[:3])} besides")
@@ -515,6 +518,8 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
         if not tensor.isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity")
     share = sum(own[name].numel() for name in matched) / sum(tensor.numel() for tensor in own.values())
+    inner = [name for name in own if not name.startswith("norm.")]  # which a mean-pooled classifier lacks
+    share = min(share, sum(name in matched for name in inner) / len(inner))  # biases and norms are few numbers
     if share < 0.9:
         raise ValueError(f"only {share:.0%} of the encoder is there; missing: {', '.join(missing[:5])}, ...")
     encoder.load_state_dict(matched, strict=False)
@@ -531,13 +536,15 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
 def load_classifier(
     checkpoint: dict[str, Any],
     *,
+    pool: str | None = None,
     image_size: tuple[int, int] | None = None,
     heads: int | None = None,
     log: Callable[[str], None] = print,
 ) -> Classifier:
     """The classifier in a loaded checkpoint of `finetune.py`, or a public one. Raises ValueError.
 
-    In a public file `fc_norm` tells mean pooling (MAE) from the class token (DeiT, timm).
+    A public file with `fc_norm` pools the mean (MAE); one without it the class token (DeiT, timm), unless `pool` says
+    otherwise.
     """
     tensors = find_weights(checkpoint)
     head = tensors.get("head.weight")
@@ -545,10 +552,15 @@ def load_classifier(
         raise ValueError("it holds an encoder alone, without the head of a classifier (head.weight)")
     if any(name.startswith("pre_logits.") for name in tensors):
         raise ValueError("its head is more than a linear layer (pre_logits)")
-    pool = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else "class")
-    encoder = load_encoder(checkpoint, image_size=image_size, heads=heads, log=log)
-    model = Classifier(encoder, len(head), pool=pool, frozen="fc_norm.running_mean" in tensors)
     top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
+    known = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else None)
+    if pool not in (None, known or pool):
+        raise ValueError(f"it was made for the other way to pool (--pool {known})")
+    below = {name: tensor for name, tensor in tensors.items() if name not in top}
+    ours = {name: checkpoint[name] for name in ("method", "encoder") if name in checkpoint}
+    encoder = load_encoder(ours | dict(model=below), image_size=image_size, heads=heads, log=log)
+    model = Classifier(encoder, len(head), pool=known or "class", frozen="fc_norm.running_mean" in tensors)
+    model.pool = known or pool or "class"
     bad = [name for name, tensor in top.items() if not tensor.isfinite().all()]
     if bad:
         raise ValueError(f"{bad[0]} holds NaN or infinity")

@@ -815,6 +815,13 @@ def test_a_class_without_validation_images_keeps_its_number(tmp_path, there):
     assert data.labels_of(val) == [label for _, label in val] == [0] * 3 + [2] * 4
 
 
+def test_no_validation_images_at_all(tmp_path):
+    image_net(tmp_path, val=())
+    touch(tmp_path / "val", "cat/notes.txt", ".cache/1.png", "dog/._1.png")
+    with pytest.raises(UserError, match="--data: .*val: there are no images"):
+        data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))
+
+
 def test_classes_that_training_lacks_are_named(tmp_path):
     image_net(tmp_path, val=("ant", "cat", "dog", "owl"))
     (tmp_path / "val" / ".cache").mkdir()

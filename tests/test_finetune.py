@@ -184,6 +184,12 @@ def test_starts_from_the_weights_of_init(monkeypatch, tmp_path, pretrained, caps
         assert "30 of 30 tensors matched; 0 missing; 0 left over" in capsys.readouterr().out
 
 
+def test_the_best_of_equals_is_the_last(tmp_path, capsys):
+    train(tmp_path, lr=1e-12)
+    assert torch.load(tmp_path / "best.pt", weights_only=True)["epoch"] == 2
+    assert "after epoch 2." in capsys.readouterr().out
+
+
 def test_smoothing_and_mixing_in_the_loss(monkeypatch, tmp_path):
     """The loss of a step against one computed by hand from what the model got and gave."""
     seen = []
@@ -332,6 +338,13 @@ def test_few_labels(monkeypatch, tmp_path, how, count):
     assert load(tmp_path / "0")["num_images"] == len(labels)
 
 
+def test_the_batch_is_no_larger_than_the_few_labels(tmp_path):
+    settings = {name: value for name, value in SCRATCH.items() if name != "batch_size"}
+    checkpoint = train(tmp_path, settings, labels_per_class=2, limit=None)
+    assert checkpoint["config"]["batch_size"] == 20 and checkpoint["step"] == 2
+    train(tmp_path, settings, labels_per_class=2, limit=None, resume=True)
+
+
 def test_class_folders(tmp_path, capsys):
     folder = write_classes(tmp_path / "images")
     shutil.copytree(folder / "train" / "dog", folder / "train" / "bee")  # none of which are in val
@@ -382,7 +395,8 @@ def test_linear_probe_trains_the_head_alone(tmp_path, pretrained):
     assert checkpoint["optimizer"]["param_groups"][0]["momentum"] == 0.9
     assert len(tensors(checkpoint["optimizer"]["state"])) == 2  # momentum of the head's weight and bias
     logits, labels = scored(tmp_path / "last.pt", frozen=True)
-    assert log(tmp_path)[-1]["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), abs=0.021)
+    assert log(tmp_path)[-1]["top1"] == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert log(tmp_path)[-1]["val_loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
@@ -424,9 +438,34 @@ def test_eval_sweeps_ratios(finished, capsys):
     for ratio in rows:
         logits, labels = scored(finished / "last.pt", ptr=PTR((0,), ratio))
         assert rows[ratio][2] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item(), abs=0.06)
-    assert all(row[4] > 0 and row[5] == pytest.approx(row[4] / rows[0][4], abs=0.01) for row in rows.values())
+    assert all(row[4] > 0 for row in rows.values())
+    # Both are over the same speed, of one more measurement.
+    assert rows[0.25][5] / rows[0][5] == pytest.approx(rows[0.25][4] / rows[0][4], rel=0.03)
     assert "17.57  83.8%     1.00x" in text and "9.53  82.6%     1.88x" in text  # the poster has no row for .25
     assert "25" not in [word for line in text.splitlines() if "0.25" in line for word in line.split("|")[1].split()]
+
+
+def test_a_sweep_in_any_order(finished, capsys):
+    """Speed-ups are over the model that drops nothing, wherever that stands, if at all."""
+    run(eval=finished / "last.pt", drop_ratio=[0.4, 0], drop_stages=2, limit=10)
+    text = capsys.readouterr().out
+    assert "dropping after blocks [0, 1]" in text and list(rows_of(text)) == [0.4, 0]
+    run(eval=finished / "last.pt", drop_ratio=0.9, drop_blocks=0, image_size=64)  # 256 tokens and 25
+    assert rows_of(capsys.readouterr().out)[0.9][5] > 1.2
+
+
+def test_an_exported_linear_probe_is_scored_alike(tmp_path, pretrained, capsys):
+    """By the mean of its patches, if told to; the file does not say so."""
+    train(tmp_path, TINY | dict(init=pretrained, linear_probe=True, lr=0.1))
+    run(init=tmp_path / "last.pt", export=tmp_path / "probe.pt")
+    tables = []
+    for words in (dict(eval=tmp_path / "last.pt"), dict(eval=tmp_path / "probe.pt", pool="mean", heads=2)):
+        capsys.readouterr()
+        run(**words)
+        tables.append(rows_of(capsys.readouterr().out)[0][2:4])
+    assert tables[0] == tables[1]
+    with pytest.raises(UserError, match="made for the other way to pool"):
+        run(eval=tmp_path / "last.pt", pool="class")
 
 
 def test_eval_uses_what_it_was_trained_with(tmp_path, capsys):
@@ -553,6 +592,14 @@ def test_two_processes_equal_one(two_processes, tmp_path, monkeypatch):
         assert log(tmp_path / "run")[0][name] == pytest.approx(log(two_processes / "run")[0][name], rel=1e-4), name
 
 
+def test_two_processes_score_the_probe_that_is_saved(two_processes, monkeypatch):
+    """BatchNorm's statistics differ between processes while they train."""
+    monkeypatch.setattr(data, "validation_images", validation_of_51)
+    logits, labels = scored(two_processes / "probe" / "last.pt", frozen=True)
+    expected = F.cross_entropy(logits, labels).item()
+    assert log(two_processes / "probe")[-1]["val_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_two_processes_score_as_one(two_processes, pretrained, monkeypatch, capsys):
     monkeypatch.setattr(data, "validation_images", validation_of_51)
     text = (two_processes / "out.txt").read_text()
@@ -589,6 +636,9 @@ MISTAKES = {
     "blocks": (dict(drop_ratio=0.1, drop_blocks=[7]), "--drop-blocks"),
     "two tasks": (dict(linear_probe=True, knn=5), "choose one of --linear-probe and --knn"),
     "k": (dict(knn=0), "--knn"),
+    "tiny mixup": (dict(mixup=1e-320), "--mixup"),
+    "one image": (dict(linear_probe=True, micro_batch=1), "--linear-probe needs two images at once"),
+    "eval of an unset variable": (dict(eval=""), "no checkpoint"),
     "batch": (dict(batch_size=100), "--batch-size 100 is more than the 64 images"),
     "few for the batch": (dict(labels_per_class=1), "--batch-size 16 is more than the 10 images"),
     "limit": (dict(limit=0), "--limit"),
@@ -620,10 +670,28 @@ def test_mistakes_about_files(tmp_path, finished, pretrained):
             run(**{flag: tmp_path / "other.pt"})
         with pytest.raises(UserError, match="no checkpoint .*nowhere.pt"):
             run(**{flag: tmp_path / "nowhere.pt"})
+    with pytest.raises(UserError, match="cannot write"):  # an unset variable in place of a name
+        run(init=finished / "last.pt", export="")
     with pytest.raises(UserError, match=r"--eval .*last.pt: .*without the head"):
         run(eval=pretrained)
     with pytest.raises(UserError, match=r"--init .*: it holds one set of weights"):
         run(init=finished / "last.pt", weights="teacher")
+
+
+def test_no_images_to_validate(tmp_path):
+    folder = write_classes(tmp_path / "images")
+    for path in (folder / "val").rglob("*.*"):
+        path.unlink()
+    with pytest.raises(UserError, match="there are no images in them"):
+        train(tmp_path / "run", SCRATCH, data=folder, limit=None, batch_size=4)
+
+
+def test_settings_of_others_are_not_obeyed(tmp_path, finished):
+    """What a public file calls `config` and `classes` is anything."""
+    public = {name: torch.load(finished / "last.pt", weights_only=True)["model"] for name in ("model",)}
+    for others in (dict(config="data"), dict(config=dict(data="nowhere", drop_ratio=0.5)), dict(classes=5)):
+        torch.save(public | others, tmp_path / "public.pt")
+        run(eval=tmp_path / "public.pt", heads=2, limit=10)
 
 
 def test_classes_that_do_not_fit(tmp_path, finished):
@@ -704,6 +772,7 @@ def worker(folder, pretrained):
     engine.start_world = lambda device: world  # joined already
     data.validation_images = validation_of_51
     finetune.main(flags(EVEN | dict(out=folder / "run")))
+    finetune.main(flags(TINY | dict(out=folder / "probe", init=pretrained, linear_probe=True, lr=0.1)))
     torch.distributed.barrier()  # the first one still writes
     run(eval=folder / "run" / "last.pt", drop_ratio=[0, 0.4], drop_stages=2)
     run(init=pretrained, knn=5, limit=63)
