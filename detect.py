@@ -38,7 +38,7 @@ import engine
 from data import CocoDetection, Target
 from engine import UserError, World
 from model import MODELS, ViT, load_encoder, resize_positions, sincos_position_embedding
-from ptr import PTR, drop_blocks, drop_tokens, scatter_tokens, token_counts
+from ptr import PTR, drop_tokens, scatter_tokens, token_counts
 
 # What `--recipe` sets; flags that are given win.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -196,17 +196,9 @@ def resize_patches(encoder: ViT, patch_size: int, drop_path: float = 0.0) -> ViT
 
 
 def token_reduction(args: argparse.Namespace, encoder: ViT, drop_ratio: float) -> PTR:
-    """PTR as the arguments say, at this ratio. Raises UserError where it does not fit the encoder."""
-    try:
-        depth, blocks = len(encoder.blocks), args.drop_blocks
-        if blocks is None:
-            blocks = drop_blocks(depth, args.drop_stages, args.drop_at) if drop_ratio else ()
-        ptr = PTR(tuple(blocks), drop_ratio, args.criterion)
-        side = math.ceil(args.short_side[0] / encoder.arguments["patch_size"])
-        token_counts(side * side, depth, ptr)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return ptr
+    """PTR as the arguments say, at this ratio, judged by the smallest square image."""
+    side = math.ceil(args.short_side[0] / encoder.arguments["patch_size"])
+    return engine.token_reduction(args, len(encoder.blocks), side * side, drop_ratio)
 
 
 # --- model ------------------------------------------------------------------------------------------------------------

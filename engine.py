@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ptr import CRITERIA, PLACEMENTS
+from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks, token_counts
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -106,6 +106,19 @@ def add_ptr_flags(add: Callable[..., None]) -> None:
     add("--drop-at", "start", "after the first block of each stage, the last, or the first blocks", choices=PLACEMENTS)
     add("--drop-blocks", None, "drop after these blocks instead (0-based)", type=int, nargs="*", metavar="BLOCK")
     add("--criterion", "similarity", "drop the most redundant tokens, any, or the least redundant", choices=CRITERIA)
+
+
+def token_reduction(args: argparse.Namespace, depth: int, num_tokens: int, drop_ratio: float) -> PTR:
+    """PTR as the flags say, at this ratio, in an encoder of `depth` blocks. Raises UserError where it does not fit."""
+    try:
+        blocks = args.drop_blocks
+        if blocks is None:
+            blocks = drop_blocks(depth, args.drop_stages, args.drop_at) if drop_ratio else ()
+        ptr = PTR(tuple(blocks), drop_ratio, args.criterion)
+        token_counts(num_tokens, depth, ptr)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return ptr
 
 
 def add_optimisation_flags(

@@ -22,7 +22,7 @@ import data
 import engine
 from engine import UserError, World
 from model import MODELS, Classifier, ViT, find_weights, load_classifier, load_encoder, pool
-from ptr import PTR, drop_blocks, token_counts
+from ptr import PTR, token_counts
 
 # What `--recipe` sets, and what `--linear-probe` sets on top; flags that are given win.
 RECIPES: dict[str, dict[str, Any]] = {
@@ -170,19 +170,6 @@ def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, l
     return encoder
 
 
-def token_reduction(args: argparse.Namespace, encoder: ViT, drop_ratio: float) -> PTR:
-    """PTR as the arguments say, at this ratio. Raises UserError where it does not fit the encoder."""
-    try:
-        depth, blocks = len(encoder.blocks), args.drop_blocks
-        if blocks is None:
-            blocks = drop_blocks(depth, args.drop_stages, args.drop_at) if drop_ratio else ()
-        ptr = PTR(tuple(blocks), drop_ratio, args.criterion)
-        token_counts(encoder.num_patches, depth, ptr)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return ptr
-
-
 def read_images(args: argparse.Namespace, size: tuple[int, int], world: World) -> tuple[Dataset, Dataset]:
     """Training images, as many as are asked for, and all validation images. Raises UserError."""
     with engine.one_at_first(world, needed=args.download):
@@ -316,7 +303,9 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     encoder = model.to(world.device).eval().encoder
     args.channels = encoder.arguments["channels"]
     data.fill_in(args)
-    reductions = [token_reduction(args, encoder, ratio) for ratio in args.drop_ratio]
+    reductions = [
+        engine.token_reduction(args, len(encoder.blocks), encoder.num_patches, ratio) for ratio in args.drop_ratio
+    ]
     names = checkpoint["classes"] if ours else None  # a public file's are taken to be the data's, in order
     with engine.one_at_first(world, needed=args.download):
         numbers = names and {name: i for i, name in enumerate(names)}
@@ -386,7 +375,7 @@ def table(
 
 def nearest_neighbours(args: argparse.Namespace, encoder: ViT, world: World) -> None:
     """`--knn`: how many validation images the nearest training images name right, by the encoder's pooled tokens."""
-    ptr = token_reduction(args, encoder, args.drop_ratio[0])
+    ptr = engine.token_reduction(args, len(encoder.blocks), encoder.num_patches, args.drop_ratio[0])
     sets = read_images(args, encoder.image_size, world)
     encoder.to(world.device).eval()
     normalize = data.Normalize(args.channels).to(world.device)
@@ -466,7 +455,7 @@ def main(argv: list[str] | None = None) -> None:
     encoder = build_encoder(args, checkpoint, log=print if world.is_main else lambda text: None)
     if args.knn:
         return nearest_neighbours(args, encoder, world)
-    ptr = token_reduction(args, encoder, args.drop_ratio[0])
+    ptr = engine.token_reduction(args, len(encoder.blocks), encoder.num_patches, args.drop_ratio[0])
     train, val = read_images(args, encoder.image_size, world)
     if "batch_size" not in given:
         args.batch_size = min(args.batch_size, max(1, len(train) // world.size) * world.size)  # few labels are few

@@ -31,10 +31,10 @@ import engine
 from data import CocoDetection
 from detect import Detector, ViTPyramid
 from engine import UserError, World
+from helpers import ROOT, flags, log
 from model import ViT, load_encoder, sincos_position_embedding
 from ptr import PTR, drop_tokens, scatter_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = World(rank=0, size=1, device=torch.device("cpu"))
 
 # 2 steps an epoch, 4 in all; images of 32 pixels.
@@ -144,15 +144,6 @@ def small_detector(seed=0, num_classes=3, short_side=(32,), long_side=64, precis
     return Detector(backbone, num_classes, **sizes)
 
 
-def flags(settings):
-    words = []
-    for name, value in settings.items():
-        if value is not None:
-            words.append("--" + name.replace("_", "-"))
-            words += [] if value is True else map(str, value if isinstance(value, list) else [value])
-    return words
-
-
 @pytest.fixture
 def run(scenes, tmp_path, monkeypatch):
     """Run the script, without timing it first; returns the checkpoint of folder `name`."""
@@ -182,10 +173,6 @@ def no_scoring(monkeypatch):
     monkeypatch.setattr(detect, "find_objects", lambda *_: {})
     monkeypatch.setattr(detect, "score_objects", score)
     return set_box_aps
-
-
-def log(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def same(a, b):
