@@ -384,7 +384,7 @@ def class_folders(folder: Path, class_to_idx: dict[str, int] | None = None) -> C
         if not len(images):
             raise OSError("there are no images in them")
         return images
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: nothing but hidden folders
         raise UserError(
             f"--data: fine-tuning and --knn-every need train/ and val/ with a folder for each class, but of {folder}: "
             f"{error}"

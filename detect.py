@@ -125,7 +125,7 @@ def arguments() -> argparse.ArgumentParser:
 def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, checked as far as the encoder is not needed for it, and the checkpoint to resume or to score."""
     args, given = engine.parse_arguments(arguments(), RECIPES, argv)
-    if args.eval:
+    if args.eval is not None:
         checkpoint = engine.load_checkpoint(Path(args.eval))
         if checkpoint.get("method") != "detect":
             raise UserError(f"--eval {args.eval} is not a checkpoint of this script")
@@ -133,7 +133,7 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         args = argparse.Namespace(**(vars(args) | kept | given))
     else:
         args, checkpoint = engine.resume_settings(args, given, "detect")
-    if len(args.drop_ratio) > 1 and (args.results or not args.eval):
+    if len(args.drop_ratio) > 1 and (args.results or args.eval is None):
         raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
     if args.compile:
         raise UserError("--compile is not for detection: each size of an image would compile anew")
@@ -518,7 +518,7 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
 
 def summarise(history: list[dict[str, Any]], trainer: Trainer, num_images: int) -> str:
     """How the run ended."""
-    last, best = history[-1], max(history, key=lambda row: row["box_ap"])
+    last, best = history[-1], max(reversed(history), key=lambda row: row["box_ap"])
     text = (
         f"{describe_scores(last)} on {num_images:,} validation images after {last['epoch']} epochs; best box AP "
         f"{100 * best['box_ap']:.1f} after epoch {best['epoch']}."
@@ -559,7 +559,7 @@ def find_objects(
     model.eval()
     results = []
     for images, targets, messages in tqdm(loader, "scoring", leave=False, disable=not world.is_main):
-        unreadable.count(len(images), messages)
+        unreadable.count(len(images) - len(messages), messages)
         if messages:
             continue
         for found, target in zip(model(to_device(images, world.device)), targets, strict=True):
@@ -659,16 +659,18 @@ def table(
         for image in images:
             model([image])
 
-    speeds = engine.images_per_second([functools.partial(run, ptr) for ptr in reductions], len(images), world.device)
+    runs = [functools.partial(run, ptr) for ptr in (PTR(), *reductions)]
+    whole, *speeds = engine.images_per_second(runs, len(images), world.device)
+    blocks = max((ptr.blocks for ptr in reductions), key=len)
     lines = [
-        f"dropping after blocks {list(reductions[-1].blocks)} (0-based); work of ViT and pyramid for a square image",
+        f"dropping after blocks {list(blocks)} (0-based); work of ViT and pyramid for a square image",
         "  ratio  tokens    GMACs  images/s  speed-up     box AP   AP50   AP75    mask AP   AP50   AP75",
     ]
     for model.backbone.ptr, speed, row in zip(reductions, speeds, scores, strict=True):
         aps = [f"{100 * row[name]:5.1f}" for name in APS]
         lines.append(
             f"  {model.backbone.ptr.drop_ratio:5.3g}  {token_list(args, model.backbone)[-1]:6}  "
-            f"{gigamacs(args, model.backbone):7.4g}  {speed:8.2f}  {speed / speeds[0]:7.2f}x      "
+            f"{gigamacs(args, model.backbone):7.4g}  {speed:8.2f}  {speed / whole:7.2f}x      "
             f"{'  '.join(aps[:3])}      {'  '.join(aps[3:])}"
         )
     return "\n".join(lines)
@@ -692,7 +694,7 @@ def read_images(args: argparse.Namespace, world: World, *splits: str) -> list[Co
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
-    if args.eval:
+    if args.eval is not None:
         return evaluate(args, checkpoint, world)
 
     # 1. Encoder, data and detector. Whatever is wrong with the settings is found out here, before the first step.

@@ -371,8 +371,8 @@ class Unreadable:
         self.seen = self.failures = 0
 
     def count(self, num_images: int, messages: list[str]) -> None:
-        """Take note of a batch. Raises UserError when there are too many failures."""
-        self.seen += num_images + len(messages)  # another image was read for each that could not be
+        """Take note of `num_images` that were read and of those that were not. Raises UserError if these are many."""
+        self.seen += num_images + len(messages)
         self.failures += len(messages)
         for message in messages:
             if message not in self.files:
@@ -603,7 +603,8 @@ def fit(
             """Log, then checkpoints, which hold the log too: a resumed run writes it anew from there."""
             content = run | dict(epoch=epoch, history=history) | trainer.state()
             write_log(out / "metrics.jsonl", history)
-            if best and history and history[-1][best] == max(row[best] for row in history):
+            scores = [row[best] for row in history if math.isfinite(row[best])] if best else []
+            if scores and history[-1][best] == max(scores):
                 save_checkpoint(out / "best.pt", {name: content[name] for name in content if name != "optimizer"})
             save_checkpoint(out / "last.pt", content)
 
@@ -658,15 +659,17 @@ def predict(
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     results: list[tuple[Tensor, Tensor]] = []
     for images, labels, messages in tqdm(loader, "scoring", leave=False, disable=not is_main):
-        unreadable.count(len(images), messages)
+        unreadable.count(int((labels >= 0).sum()), messages)
         with autocast(device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[labels >= 0], labels[labels >= 0]))
     results = gather_lists(results)
     if results is None:
         return None
-    all_outputs, all_labels = zip(*results, strict=True)
-    return torch.cat(all_outputs), torch.cat(all_labels)
+    all_outputs, all_labels = (torch.cat(parts) for parts in zip(*results, strict=True))
+    if not len(all_labels):
+        raise UserError("--data: not one of the images to score can be read")
+    return all_outputs, all_labels
 
 
 def topk_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
@@ -812,6 +815,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as timm's are published: length of a JSON header, the header, then the raw numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    dtypes |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])

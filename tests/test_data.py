@@ -1265,3 +1265,9 @@ def test_workers_share_the_cores_of_a_machine(monkeypatch, name, cores, processe
     args = data_flags("--data", name)
     data.fill_in(args)
     assert args.workers == workers
+
+
+def test_only_hidden_class_folders(tmp_path):
+    image_net(tmp_path, train=(".git",), val=("cat",))
+    with pytest.raises(UserError, match="--knn-every need"):
+        data.labelled_images(str(tmp_path), Path("data"), False, (8, 8))

@@ -68,6 +68,17 @@ def test_warmup_cosine():
     assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
 
 
+def test_warmup_steps():
+    def rates(*steps, **changes):
+        options = dict(peak=0.4, milestones=[20, 30], warmup=10) | changes
+        return [engine.warmup_steps(step, **options) for step in steps]
+
+    assert rates(0, 1, 5, 10, 19) == pytest.approx([0, 0.04, 0.2, 0.4, 0.4])
+    assert rates(20, 29, 30, 99) == pytest.approx([0.04, 0.04, 0.004, 0.004])
+    assert rates(5, 20, 30, milestones=[5], factor=0.5) == pytest.approx([0.1, 0.2, 0.2])
+    assert rates(0, 19.9, warmup=0) == pytest.approx([0.4, 0.4])
+
+
 def test_ema_momentum():
     values = [ema_momentum(step, base=0.9, total=40) for step in range(41)]
     assert [values[i] for i in (0, 20, 40)] == pytest.approx([0.9, 0.95, 1.0])
@@ -1428,3 +1439,15 @@ def test_durations_in_words(seconds, words):
 
 if __name__ == "__main__":
     torch.save(join_two_processes(1, Path(sys.argv[1])), Path(sys.argv[1]) / "seen.pt")
+
+
+def test_unreadable_images_are_counted_once_and_all_of_them_are_an_error():
+    """What stands for an unreadable image, with label -1, was not read."""
+    batch = torch.zeros(4, 3, 2, 2).byte(), torch.tensor([1, -1, 2, -1]), ["a.png: broken", "b.png: broken"]
+    unreadable = Unreadable()
+    outputs, labels = engine.predict(lambda x: x.flatten(1), [batch], data.Normalize(), "fp32", unreadable)
+    assert labels.tolist() == [1, 2] and len(outputs) == 2
+    assert (unreadable.seen, unreadable.failures) == (4, 2)
+    nothing = torch.zeros(1, 3, 2, 2).byte(), torch.tensor([-1]), ["a.png: broken"]
+    with pytest.raises(UserError, match="--data: not one of the images to score can be read"):
+        engine.predict(lambda x: x.flatten(1), [nothing], data.Normalize(), "fp32", Unreadable())
