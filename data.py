@@ -652,6 +652,8 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         image, size = read_image(path), (info["height"], info["width"])
         if tuple(image.shape[-2:]) != size:
             raise UnreadableImage(f"{path}: {image.shape[-2]} x {image.shape[-1]} pixels, annotated as {size}")
+        if max(size) > 32 * min(size):
+            raise UnreadableImage(f"{path}: {size} is so thin that nothing would be left of it at a usual length")
         return image, self.target(info)
 
     def target(self, info: dict[str, Any]) -> Target:
@@ -680,6 +682,8 @@ def tidy_annotations(content: dict[str, Any]) -> None:
     the same id knows only one. Those of images that are not listed go; polygons of less than three points go, which
     would be read as boxes.
     """
+    for category in content["categories"]:
+        category["name"] = str(category["name"])
     categories = {category["id"]: category["name"] for category in content["categories"]}
     if not categories or len(categories) != len(content["categories"]):
         raise ValueError("no categories, or two with the same id")
@@ -700,8 +704,10 @@ def tidy_annotations(content: dict[str, Any]) -> None:
         if not mask:
             raise ValueError(f"{name} has no mask (segmentation), and Mask R-CNN learns masks")
         annotation["id"] = number
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", box[2] * box[3])
+        annotation["iscrowd"] = int(annotation.get("iscrowd") or 0)
+        area = annotation.get("area")
+        if not isinstance(area, int | float) or not math.isfinite(area):
+            annotation["area"] = box[2] * box[3]
 
 
 def detection_folder(name: str, root: Path, limit: int | None, image_size: tuple[int, int]) -> Path:

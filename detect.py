@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import io
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -44,7 +45,7 @@ from ptr import PTR, drop_tokens, scatter_tokens, token_counts
 RECIPES: dict[str, dict[str, Any]] = {
     "laptop": {},  # the defaults below
     "coco": dict(
-        epochs=12, lr_drops=[9, 11], warmup_steps=500, batch_size=32, lr=3e-4, weight_decay=0.05, layer_decay=0.75,
+        epochs=12, warmup_steps=500, batch_size=32, lr=3e-4, weight_decay=0.05, layer_decay=0.75,
         drop_path=0.2, short_side=list(range(480, 801, 32)), long_side=1333, crop_share=0.5, channels=256, anchor=32,
         rois=512, proposals=1000, model="vit_base", patch_size=16,
     ),
@@ -135,6 +136,10 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         args, checkpoint = engine.resume_settings(args, given, "detect")
     if len(args.drop_ratio) > 1 and (args.results or args.eval is None):
         raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
+    if args.eval is not None and args.resume is not None:
+        raise UserError("choose one of --eval and --resume")
+    if args.results and not Path(args.results).parent.is_dir():
+        raise UserError(f"--results {args.results}: there is no folder {Path(args.results).parent}")
     if args.compile:
         raise UserError("--compile is not for detection: each size of an image would compile anew")
     if args.init != "none" and checkpoint is None:
@@ -622,7 +627,9 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World)
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        raise UserError(f"--eval {args.eval} does not fit this version of the model ({error})") from None
+        raise UserError(
+            f"--eval {args.eval} does not fit the model (--channels?): {str(error).splitlines()[-1].strip()}"
+        ) from None
     model.to(world.device).eval()
     loader, unreadable = evaluation_loader(args, val, encoder.arguments["channels"], world), engine.Unreadable()
     found = []
@@ -633,12 +640,12 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World)
         print(f"data    {args.data}: {describe_images(val)} to score")
         print(describe_model(args, model))
         scored = [score_objects(val, results) for results in found]
-        print(table(args, model, reductions, [scores for scores, _ in scored], val, world))
+        if args.results:
+            write_results(args.results, found[0])
+        print(table(args, model, reductions, [scores for scores, _ in scored], loader, world))
         if args.per_class:
             for ratio, (_, of_classes) in zip(args.drop_ratio, scored, strict=True):
                 print(f"Each class, at drop ratio {ratio:g}:\n{class_lines(val, of_classes)}")
-        if args.results:
-            write_results(args.results, found[0])
 
 
 def table(
@@ -646,13 +653,12 @@ def table(
     model: Detector,
     reductions: list[PTR],
     scores: list[dict[str, float]],
-    val: CocoDetection,
+    loader: DataLoader,
     world: World,
 ) -> str:
     """AP, work and speed at each reduction; speed is the whole detector's, on some of the images one by one."""
-    images = to_device([val[i][0] for i in range(min(4, len(val)))], world.device)
-    channels = model.backbone.encoder.arguments["channels"]
-    images = images if channels == 3 else [image.mean(dim=0, keepdim=True) for image in images]
+    readable = (batch for batch, _, messages in loader if not messages)
+    images = [image for batch in itertools.islice(readable, 4) for image in to_device(batch, world.device)]
 
     def run(ptr: PTR) -> None:
         model.backbone.ptr = ptr
@@ -715,18 +721,17 @@ def main(argv: list[str] | None = None) -> None:
     trainer = Trainer(args, model, loader, accumulate, world)
     val_loader, val_unreadable = evaluation_loader(args, val, channels, world), engine.Unreadable()
     of_classes: dict[str, list[float]] = {}
+    results: dict[int, list[dict[str, Any]]] | None = None
 
     # 2. Train.
     def score(epoch: int, is_last: bool) -> dict[str, float]:
-        nonlocal of_classes
+        nonlocal of_classes, results
         if epoch == 0:
             return {}
         results = find_objects(model, val_loader, val.category_ids, world, val_unreadable)
         if results is None:
             return {}
         scores, of_classes = score_objects(val, results)
-        if args.results and is_last:
-            write_results(args.results, results)
         return scores
 
     history = engine.fit(
@@ -744,6 +749,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. Say how it went.
     if world.is_main:
+        if args.results and results is not None:
+            write_results(args.results, results)
         if args.per_class and of_classes:
             print(class_lines(val, of_classes))
         print(summarise(history, trainer, len(val)))
@@ -753,8 +760,9 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run:
             print("That was a dry run: nothing was kept.")
         else:
+            limit = f" --limit {args.limit}" if args.limit else ""
             print("Next, AP against speed when tokens are dropped, or with --per-class the AP of each class:")
-            print(f"  python detect.py --eval {Path(args.out) / 'best.pt'} --drop-ratio 0 0.1 0.2 0.3")
+            print(f"  python detect.py --eval {Path(args.out) / 'best.pt'} --drop-ratio 0 0.1 0.2 0.3{limit}")
 
 
 if __name__ == "__main__":

@@ -1125,7 +1125,7 @@ def test_a_checkpoint_of_another_kind(finished, tmp_path):
     checkpoint = torch.load(finished / "last.pt", weights_only=True)
     checkpoint["model"].popitem()
     torch.save(checkpoint, tmp_path / "torn.pt")
-    with pytest.raises(UserError, match="does not fit this version of the model"):
+    with pytest.raises(UserError, match="does not fit the model"):
         detect.main(["--eval", str(tmp_path / "torn.pt")])
 
 
@@ -1148,6 +1148,54 @@ def test_it_learns(tmp_path, run):
     first, _, last = log(tmp_path / "run")
     assert last["loss_object"] < 0.3 * first["loss_object"] and last["loss_mask"] < 0.8 * first["loss_mask"]
     assert first["box_ap50"] < 0.2 and last["box_ap50"] > 0.3 and last["mask_ap50"] > 0.2
+
+
+def test_odd_annotations_are_made_good(tmp_path):
+    """Areas that are no numbers, crowds that are null or text, names that are numbers."""
+    content = dict(
+        images=[dict(id=1, file_name="a.png", height=8, width=8)],
+        annotations=[
+            dict(id=i, image_id=1, category_id=3, bbox=[1, 1, 4, 4], segmentation=[[1, 1, 5, 1, 5, 5]], **odd)
+            for i, odd in enumerate((dict(area=None, iscrowd=None), dict(area=math.nan, iscrowd="0"), dict(area=9.0)))
+        ],
+        categories=[dict(id=3, name=7)],
+    )
+    data.tidy_annotations(content)
+    assert [a["area"] for a in content["annotations"]] == [16, 16, 9] and content["categories"][0]["name"] == "7"
+    assert [a["iscrowd"] for a in content["annotations"]] == [0, 0, 0]
+
+
+def test_an_image_too_thin_to_resize(tmp_path):
+    Image.new("RGB", (400, 2)).save(tmp_path / "thin.png")
+    image, category = dict(id=1, file_name="thin.png", height=2, width=400), dict(id=1, name="a")
+    content = dict(images=[image], categories=[category], annotations=[])
+    (tmp_path / "thin.json").write_text(json.dumps(content))
+    images = CocoDetection(tmp_path, tmp_path / "thin.json")
+    with pytest.raises(data.UnreadableImage, match="thin.png.*so thin"):
+        images[0]
+
+
+def test_eval_passes_over_a_broken_first_image(run, scenes, tmp_path, capsys):
+    """Also where it takes images to measure the speed with."""
+    run(limit=None, epochs=1)
+    root = tmp_path / "copy"
+    shutil.copytree(next(path for path in scenes.iterdir() if path.is_dir()), root)
+    sorted((root / "val2017").iterdir())[0].write_bytes(b"broken")
+    results = tmp_path / "found.json"
+    detect.main(["--eval", str(tmp_path / "run" / "last.pt"), "--data", str(root), "--results", str(results)])
+    assert "speed-up" in capsys.readouterr().out and results.is_file()
+
+
+def test_results_that_cannot_be_written_are_known_before(run, tmp_path):
+    with pytest.raises(UserError, match="--results .*there is no folder"):
+        run(results=tmp_path / "nowhere" / "found.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_recipes_drops_scale_with_its_epochs():
+    for epochs, drops in ((12, [9, 11]), (24, [18, 22]), (6, [4.5, 5.5])):
+        args = detect.read_settings(["--recipe", "coco", "--epochs", str(epochs)])[0]
+        assert args.lr_drops == drops
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
