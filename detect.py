@@ -453,6 +453,7 @@ class Trainer(engine.Trainer):
         return dict(lr=engine.warmup_steps(step, peak=self.peak_lr, milestones=milestones, warmup=warmup))
 
     def example(self) -> tuple[list[Tensor], list[Target]]:
+        """Noise of the largest usual size, with four boxes and masks in each image."""
         number = self.args.batch_size // self.world.size // self.accumulate
         height = self.args.short_side[-1]
         width = min(self.args.long_side, height if self.args.data == "shapes" else height * 4 // 3)
@@ -521,16 +522,13 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
     )
 
 
-def summarise(history: list[dict[str, Any]], trainer: Trainer, num_images: int) -> str:
+def summarise(history: list[dict[str, Any]], num_images: int) -> str:
     """How the run ended."""
     last, best = history[-1], max(reversed(history), key=lambda row: row["box_ap"])
-    text = (
+    return (
         f"{describe_scores(last)} on {num_images:,} validation images after {last['epoch']} epochs; best box AP "
         f"{100 * best['box_ap']:.1f} after epoch {best['epoch']}."
     )
-    if trainer.skipped:
-        text += f" {trainer.skipped} steps were skipped because something was not finite."
-    return text
 
 
 # --- evaluation -------------------------------------------------------------------------------------------------------
@@ -753,10 +751,8 @@ def main(argv: list[str] | None = None) -> None:
             write_results(args.results, results)
         if args.per_class and of_classes:
             print(class_lines(val, of_classes))
-        print(summarise(history, trainer, len(val)))
-        unreadable = trainer.unreadable.files | val_unreadable.files
-        if unreadable:
-            print(f"{len(unreadable)} unreadable images were passed over.")
+        mishaps = trainer.mishaps(trainer.unreadable.files | val_unreadable.files)
+        print(summarise(history, len(val)) + mishaps)
         if args.dry_run:
             print("That was a dry run: nothing was kept.")
         else:

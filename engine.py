@@ -547,6 +547,11 @@ class Trainer:
             f"time    about {duration(seconds)} on {self.world.device}"
         )
 
+    def mishaps(self, unreadable: set[str]) -> str:
+        """What went wrong on the way, in sentences to put behind a summary: skipped steps, `unreadable` files."""
+        text = f" {self.skipped} steps were skipped because something was not finite." if self.skipped else ""
+        return text + (f" {len(unreadable)} unreadable images were passed over." if unreadable else "")
+
     def state(self) -> dict[str, Any]:
         """All that a resumed run needs. Random draws are seeded by step and image: there is no generator state."""
         return {name: part.state_dict() for name, part in self.parts.items()} | dict(

@@ -248,16 +248,13 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
     )
 
 
-def summarise(history: list[dict[str, Any]], trainer: Trainer, num_images: int) -> str:
+def summarise(history: list[dict[str, Any]], num_images: int) -> str:
     """How the run ended."""
     last, best = history[-1], max(reversed(history), key=lambda row: row["top1"])
-    text = (
+    return (
         f"top-1 {last['top1']:.1%}, top-5 {last['top5']:.1%} on {num_images:,} validation images after {last['epoch']} "
         f"epochs; best top-1 {best['top1']:.1%} after epoch {best['epoch']}."
     )
-    if trainer.skipped:
-        text += f" {trainer.skipped} steps were skipped because something was not finite."
-    return text
 
 
 def class_lines(names: list[str], *columns: list[tuple[int, float]]) -> str:
@@ -496,10 +493,8 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         if args.per_class and result is not None:
             print(class_lines(names, engine.class_accuracy(*result)))
-        print(summarise(history, trainer, len(val) - len(val_unreadable.files)))
-        unreadable = trainer.unreadable.files | val_unreadable.files
-        if unreadable:
-            print(f"{len(unreadable)} unreadable images were passed over.")
+        mishaps = trainer.mishaps(trainer.unreadable.files | val_unreadable.files)
+        print(summarise(history, len(val) - len(val_unreadable.files)) + mishaps)
         if args.dry_run:
             print("That was a dry run: nothing was kept.")
         else:

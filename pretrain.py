@@ -245,11 +245,7 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
             f" On the frozen features a linear classifier is right for {scores[-1]['linear']:.1%} (untrained encoder: "
             f"{scores[0]['linear']:.1%}), nearest neighbours for {scores[-1]['knn']:.1%} ({scores[0]['knn']:.1%})."
         )
-    if trainer.skipped:
-        text += f" {trainer.skipped} steps were skipped because something was not finite."
-    if trainer.unreadable.files:
-        text += f" {len(trainer.unreadable.files)} unreadable images were passed over."
-    return text
+    return text + trainer.mishaps(trainer.unreadable.files)
 
 
 def main(argv: list[str] | None = None) -> None:
