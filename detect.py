@@ -133,7 +133,7 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         kept = {name: checkpoint["config"][name] for name in KEPT}
         args = argparse.Namespace(**(vars(args) | kept | given))
     else:
-        args, checkpoint = engine.resume_settings(args, given, "detect")
+        args, checkpoint = engine.resume_settings(args, given, ("detect",))
     if len(args.drop_ratio) > 1 and (args.results or args.eval is None):
         raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
     if args.eval is not None and args.resume is not None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -151,10 +151,11 @@ def parse_arguments(
 
 
 def resume_settings(
-    args: argparse.Namespace, given: dict[str, Any], method: str
+    args: argparse.Namespace, given: dict[str, Any], methods: Collection[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """With `--resume`: the settings of the checkpoint under the given ones, and the checkpoint. Else (args, None).
 
+    `methods` are those that a script's checkpoints may name.
     Raises UserError where there is no such checkpoint, or a given flag would change what is being trained.
     """
     if args.resume is None:
@@ -162,8 +163,10 @@ def resume_settings(
     path = Path(args.resume or Path(args.out) / "last.pt")
     checkpoint = load_checkpoint(path)
     needed = {"config", "history", "num_images", "epoch", "optimizer"}
-    if checkpoint.get("method") != method or not needed <= checkpoint.keys():
-        raise UserError(f"{path} is not a checkpoint of this script that can be continued (method {method}, last.pt)")
+    if checkpoint.get("method") not in methods or not needed <= checkpoint.keys():
+        raise UserError(
+            f"{path} is not a checkpoint of this script that can be continued (method {' or '.join(methods)}, last.pt)"
+        )
     saved = checkpoint["config"]
     check_settings(saved, {name: value for name, value in given.items() if name not in FREE}, path)
     return argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | given)), checkpoint

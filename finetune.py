@@ -121,7 +121,7 @@ def read_settings(
         chosen.append("--resume")
     if len(chosen) > 1:
         raise UserError(f"choose one of {' and '.join(chosen)}")
-    args, checkpoint = engine.resume_settings(args, given, "finetune")
+    args, checkpoint = engine.resume_settings(args, given, ("finetune",))
     args.pool = args.pool or (None if args.eval is not None else "mean")
     if args.label_fraction is not None and args.labels_per_class is not None:
         raise UserError("choose one of --label-fraction and --labels-per-class")

@@ -60,6 +60,12 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     return torch.cat([torch.zeros(1, dim), patches.float()])[None]
 
 
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """Cut images into square patches, row by row: (B, C, H, W) -> (B, N, C p p)."""
+    p = patch_size
+    return rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+
 class PatchEmbed(nn.Module):
     """Linear projection of square patches; a convolution's weights, applied only to the patches asked for."""
 
@@ -70,8 +76,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
         """(B, C, H, W), ids (B, n) or None for all -> (B, n, D). Gathering first saves the work on the others."""
-        p = self.patch_size
-        patches = rearrange(images, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        patches = patchify(images, self.patch_size)
         if patch_ids is not None:
             patches = gather_tokens(patches, patch_ids)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
@@ -189,11 +194,15 @@ class ViT(nn.Module):
         """Encode patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
         if patch_ids is None:
             patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
-        x = self.embed(images, patch_ids, class_token)
+        return self.encode(self.embed(images, patch_ids, class_token), patch_ids, ptr)
+
+    def encode(self, x: Tensor, patch_ids: Tensor, ptr: PTR | None = None) -> Encoded:
+        """The blocks, on embedded tokens (B, [1 +] n, D) of patches `patch_ids` (B, n)."""
+        num_prefix = x.shape[1] - patch_ids.shape[1]
         for i, block in enumerate(self.blocks):
             x = block(x)
             if ptr is not None and i in ptr.blocks:
-                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=int(class_token), criterion=ptr.criterion)
+                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix, ptr.criterion)
                 patch_ids = patch_ids.gather(1, kept)
         return Encoded(self.norm(x), patch_ids)
 
@@ -275,16 +284,16 @@ class PCAE(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.ptr = ptr if ptr is not None else PTR()
-        num_visible = num_kept(student.num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
-        if not 0 < num_visible < student.num_patches:
-            raise ValueError(
-                f"mask ratio {mask_ratio:g} (--mask-ratio) must be in [0, 1) and leave at least one of the "
-                f"{student.num_patches} patches visible and one masked"
-            )
-        self.token_counts = token_counts(student.num_patches - num_visible, len(student.blocks), self.ptr)
+        self.num_visible = count_visible(student.num_patches, mask_ratio)
+        self.token_counts = token_counts(student.num_patches - self.num_visible, len(student.blocks), self.ptr)
         self.student = student
         self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
         self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, student.dim)
+
+    def describe(self) -> str:
+        """What is encoded, in words."""
+        teacher = " ".join(map(str, self.token_counts))
+        return f"student: {self.num_visible} visible + class token; teacher: {teacher}"
 
     def train(self, mode: bool = True) -> "PCAE":
         """As usual, but the teacher always stays in evaluation mode: its targets know no drop path."""
@@ -320,13 +329,24 @@ class PCAE(nn.Module):
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
 
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """How many of the patches stay visible: floor(N (1 - mask_ratio)). ValueError if all or none of them are."""
+    num_visible = num_kept(num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
+    if not 0 < num_visible < num_patches:
+        raise ValueError(
+            f"mask ratio {mask_ratio:g} (--mask-ratio) must be in [0, 1) and leave at least one of the "
+            f"{num_patches} patches visible and one masked"
+        )
+    return num_visible
+
+
 def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
     """Split the patches at random by `noise` (B, N): the floor(N (1 - mask_ratio)) smallest are visible.
 
     Returns patch ids: visible (B, V), masked (B, N - V).
     """
     order = noise.argsort(dim=1)
-    num_visible = num_kept(noise.shape[1], mask_ratio)
+    num_visible = count_visible(noise.shape[1], mask_ratio)
     return order[:, :num_visible], order[:, num_visible:]
 
 

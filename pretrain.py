@@ -1,8 +1,9 @@
-"""Pre-train a vision transformer with PCAE (panel a of the poster).
+"""Pre-train a vision transformer with PCAE (panel a of the poster), or with MAE or SimMIM to compare.
 
     python pretrain.py                                              built-in data, any laptop, about five minutes
     python pretrain.py --data FOLDER                                your images
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER --recipe imagenet        the paper's run
+    python pretrain.py --method mae --out runs/mae                  MAE in its place; or simmim
 """
 
 import argparse
@@ -17,9 +18,16 @@ from torch.utils.data import DataLoader, Dataset
 
 import data
 import engine
+from baselines import MAE, SimMIM
 from engine import UserError, World
 from model import MODELS, PCAE, ViT, mean_direction, pool, spread
 from ptr import PTR, drop_blocks
+
+METHODS = {"pcae": PCAE, "mae": MAE, "simmim": SimMIM}
+# Flags that only some methods have a use for.
+DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
+ONLY_FOR = {name: ("pcae",) for name in ("ema", "drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion")}
+ONLY_FOR |= {name: ("pcae", "mae") for name in DECODER}
 
 NEXT = "--recipe imagenet --model vit_tiny --batch-size 64 --epochs 100 --out runs/mine"
 COLLAPSED = 0.2  # spread of unit vectors below which more than 96 % of each is the direction that all share
@@ -33,6 +41,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         blr=1.5e-4, weight_decay=0.05,
     ),
 }  # fmt: skip
+# The decoder of MAE's authors, who train for 800 or 1600 epochs.
+RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -54,7 +64,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--decoder-heads", 4, "decoder heads")
 
     add = functools.partial(engine.add_flag, parser.add_argument_group("method"))
-    add("--mask-ratio", 0.75, "share of the patches hidden from the student and shown to the teacher")
+    add("--method", "pcae", "the paper's method, or one to compare it with", choices=METHODS)
+    add("--mask-ratio", 0.75, "share of the patches hidden from the student and, in PCAE, shown to the teacher")
     add("--drop-ratio", 0.5, "share of its tokens that each stage drops")
     engine.add_ptr_flags(add)
     add("--ema", 0.9999, "momentum of the teacher at the start; rises to 1")
@@ -72,33 +83,31 @@ def arguments() -> argparse.ArgumentParser:
 def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, complete and checked, and the checkpoint to resume from, if any. Raises UserError."""
     args, given = engine.parse_arguments(arguments(), RECIPES, argv)
-    args, checkpoint = engine.resume_settings(args, given, "pcae")
+    args, checkpoint = engine.resume_settings(args, given, METHODS)
+    for name, methods in ONLY_FOR.items():
+        if name in given and args.method not in methods:
+            raise UserError(f"--{name.replace('_', '-')} means nothing to --method {args.method}: leave it out")
     data.fill_in(args)
     at_least = dict(knn_every=0, dim=1, depth=1, heads=1, decoder_dim=1, decoder_depth=1, decoder_heads=1)
     engine.check_values(args, at_least | dict(drop_stages=0), [("ema", 0 <= args.ema <= 1, "in [0, 1]")])
     return args, checkpoint
 
 
-def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
-    """PCAE as the arguments say, its weights drawn from `--seed`, and the encoder's arguments to build it again."""
+def build_model(args: argparse.Namespace) -> tuple[PCAE | MAE | SimMIM, dict[str, Any]]:
+    """The method's networks, their weights drawn from `--seed`, and the encoder's arguments to build it again."""
     sizes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
     encoder = dict(image_size=data.sides(args.image_size), patch_size=args.patch_size, channels=args.channels)
     encoder |= MODELS[args.model] | sizes
     engine.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
         student = ViT(**encoder, drop_path=args.drop_path)
-        blocks = args.drop_blocks
-        if blocks is None:
-            blocks = drop_blocks(len(student.blocks), args.drop_stages, args.drop_at)
-        ptr = PTR(tuple(blocks), args.drop_ratio, args.criterion)
-        model = PCAE(
-            student,
-            mask_ratio=args.mask_ratio,
-            ptr=ptr,
-            decoder_dim=args.decoder_dim,
-            decoder_depth=args.decoder_depth,
-            decoder_heads=args.decoder_heads,
-        )
+        options = {name: getattr(args, name) for name in DECODER if args.method in ONLY_FOR[name]}
+        if args.method == "pcae":
+            blocks = args.drop_blocks
+            if blocks is None:
+                blocks = drop_blocks(len(student.blocks), args.drop_stages, args.drop_at)
+            options["ptr"] = PTR(tuple(blocks), args.drop_ratio, args.criterion)
+        model = METHODS[args.method](student, mask_ratio=args.mask_ratio, **options)
     except ValueError as error:
         raise UserError(str(error)) from None
     return model, encoder
@@ -108,17 +117,23 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE, dict[str, Any]]:
 
 
 class Trainer(engine.Trainer):
-    """Trains PCAE: the loss of a split, and the teacher's step after the student's."""
+    """Trains on the loss of a split; in PCAE the teacher's step follows the student's."""
 
-    model: PCAE
-
-    def __init__(self, args: argparse.Namespace, model: PCAE, loader: DataLoader, accumulate: int, world: World):
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: PCAE | MAE | SimMIM,
+        loader: DataLoader,
+        accumulate: int,
+        world: World,
+    ):
         model.to(world.device)
         optimizer = torch.optim.AdamW(
             engine.parameter_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
         )
-        parts = dict(student=model.student, teacher=model.teacher, decoder=model.decoder)
+        parts = dict(model.named_children())  # student, decoder and, in PCAE, teacher
         super().__init__(args, model, parts, optimizer, loader, accumulate, world)
+        self.has_teacher = "teacher" in parts
         self.normalize = data.Normalize(args.channels).to(world.device)
 
     def loss(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,13 +149,15 @@ class Trainer(engine.Trainer):
 
     def schedule(self, step: int) -> dict[str, float]:
         """The learning rate and the teacher's momentum."""
-        return super().schedule(step) | dict(
-            ema=engine.ema_momentum(step, base=self.args.ema, total=self.total_steps)
-        )
+        settings = super().schedule(step)
+        if self.has_teacher:
+            settings["ema"] = engine.ema_momentum(step, base=self.args.ema, total=self.total_steps)
+        return settings
 
     def after_step(self, settings: dict[str, float]) -> None:
-        """The teacher follows."""
-        self.model.update_teacher(settings["ema"])
+        """The teacher follows, where there is one."""
+        if self.has_teacher:
+            self.model.update_teacher(settings["ema"])
 
     def micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
         """Images and the noise (b, N) that splits their patches.
@@ -198,11 +215,10 @@ class Probe:
 def describe_run(args: argparse.Namespace, trainer: Trainer, images: Dataset) -> str:
     """What is about to happen, and how long it will take here."""
     model = trainer.model
-    visible = model.student.num_patches - model.token_counts[0]
     return "\n".join([
         f"data    {args.data}: {len(images):,} images{data.describe_classes(images, ', labels not used')}",
-        f"model   {args.model}: {model.student.describe()}",
-        f"tokens  student: {visible} visible + class token; teacher: {' '.join(map(str, model.token_counts))}",
+        f"model   {args.model} by {args.method}: {model.student.describe()}",
+        f"tokens  {model.describe()}",
         trainer.describe_steps(),
     ])  # fmt: skip
 
@@ -217,6 +233,8 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
     )
     if "knn" in row:
         text += f"  knn {row['knn']:.1%} linear {row['linear']:.1%}"
+    if args.method != "pcae":  # pixels may well be all alike
+        return text
     if row["target_std"] < COLLAPSED:
         text += (
             f"\nwarning: target_std is {row['target_std']:.2f}: nearly all targets point in one direction (collapse), "
@@ -269,7 +287,7 @@ def main(argv: list[str] | None = None) -> None:
 
     history = engine.fit(
         trainer,
-        run=dict(method="pcae", config=vars(args), encoder=encoder, num_images=len(images)),
+        run=dict(method=args.method, config=vars(args), encoder=encoder, num_images=len(images)),
         checkpoint=checkpoint,
         announce=lambda: describe_run(args, trainer, images),
         score=score,

@@ -1358,7 +1358,7 @@ COMMAND = dict(epochs=10, rate=0.5, out="runs/tiny", workers=0, sizes=[16], resu
 def resume(*words, **given):
     """What `engine.resume_settings` makes of the defaults above and the flags given."""
     args = argparse.Namespace(**(COMMAND | given))
-    return args, *engine.resume_settings(args, given, "tiny")
+    return args, *engine.resume_settings(args, given, ("tiny",))
 
 
 def saved_run(folder, **changes):

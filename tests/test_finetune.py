@@ -8,7 +8,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,7 +22,6 @@ import model
 import pretrain
 from engine import UserError
 from helpers import (
-    ENVIRONMENT,
     ROOT,
     assert_same_run,
     contents,
@@ -34,6 +32,7 @@ from helpers import (
     log,
     run_process,
     tensors,
+    torchrun,
     wrap,
     write_classes,
     write_images,
@@ -565,17 +564,7 @@ def test_export(finished, pretrained, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, pretrained):
     folder = tmp_path_factory.mktemp("two")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    with open(folder / "out.txt", "w") as out:
-        worker = subprocess.Popen(
-            [*torchrun, __file__, str(folder), str(pretrained)], env=ENVIRONMENT, stdout=out, stderr=out
-        )
-        try:
-            worker.wait(timeout=120)
-        finally:
-            worker.terminate()  # in case they wait for each other: torchrun then ends both
-    assert worker.returncode == 0, (folder / "out.txt").read_text()
-    return folder
+    return torchrun(folder, __file__, folder, pretrained)
 
 
 EVEN = SCRATCH | dict(epochs=1, warmup_epochs=0, limit=48, clip_grad=1000)
@@ -602,7 +591,7 @@ def test_two_processes_score_the_probe_that_is_saved(two_processes, monkeypatch)
 
 def test_two_processes_score_as_one(two_processes, pretrained, monkeypatch, capsys):
     monkeypatch.setattr(data, "validation_images", validation_of_51)
-    text = (two_processes / "out.txt").read_text()
+    text = (two_processes / "words.txt").read_text()
     run(eval=two_processes / "run" / "last.pt", drop_ratio=[0, 0.4], drop_stages=2)
     run(init=pretrained, knn=5, limit=63)
     ours = capsys.readouterr().out
