@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any, BinaryIO
 
 import torch
@@ -694,19 +695,23 @@ def class_accuracy(logits: Tensor, labels: Tensor) -> list[tuple[int, float]]:
     return list(zip(counts.tolist(), (hits / counts).tolist(), strict=True))
 
 
-def count_macs(model: nn.Module, image: Tensor) -> int:
+def count_macs(model: nn.Module, image: Tensor, backward: bool = False) -> int:
     """Multiply-accumulates of convolutions, linear layers and attention products for one image (1, C, H, W).
 
-    Counted on a copy without storage: there, attention is two matrix products that torch's counter sees.
+    With `backward` also those of the gradients of its output's `loss`. Counted on a copy without storage: there,
+    attention is two matrix products that torch's counter sees.
     """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        copy.deepcopy(model).to("meta").eval()(image.to("meta"))
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = copy.deepcopy(model).to("meta").eval()(image.to("meta"))
+        if backward:
+            output.loss.backward()
     return counter.get_total_flops() // 2
 
 
-@torch.no_grad()
-def images_per_second(functions: list[Callable[[], Any]], batch_size: int, device: torch.device) -> list[float]:
-    """Median speed of each function, which takes `batch_size` images, measured by turns in seven rounds."""
+def take_turns(functions: list[Callable[[], Any]], device: torch.device, rounds: int = 7) -> list[list[float]]:
+    """Seconds that each function takes in each of some rounds, in which they take turns: whatever slows the machine
+    down for a while slows down all of them. One round more, before the others, warms up.
+    """
 
     def seconds(function: Callable[[], Any]) -> float:
         synchronize(device)
@@ -715,8 +720,14 @@ def images_per_second(functions: list[Callable[[], Any]], batch_size: int, devic
         synchronize(device)
         return time.perf_counter() - start
 
-    rounds = [[seconds(function) for function in functions] for _ in range(8)][1:]  # the first one warms up
-    return [batch_size / sorted(times)[len(times) // 2] for times in zip(*rounds, strict=True)]
+    times = [[seconds(function) for function in functions] for _ in range(rounds + 1)][1:]
+    return [list(times_of_one) for times_of_one in zip(*times, strict=True)]
+
+
+@torch.no_grad()
+def images_per_second(functions: list[Callable[[], Any]], batch_size: int, device: torch.device) -> list[float]:
+    """Median speed of each function, which takes `batch_size` images, measured by turns."""
+    return [batch_size / median(times) for times in take_turns(functions, device)]
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:

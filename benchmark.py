@@ -1,0 +1,366 @@
+"""What PCAE costs: the poster's tables of properties, measured here, with the poster's numbers beside them.
+
+    python benchmark.py                                             all of it, ViT-Small, in three minutes on a CPU
+    python benchmark.py pretrain --model vit_base                   one section, ViT-Base, on a CPU in ten minutes
+    python benchmark.py --model vit_base --batch-size 256 --compile --markdown FILE.md          on a GPU
+
+What a table compares takes turns step by step, so that a machine that is busy for a while is so for all. Ratios are
+taken within each round; given are their median and, in brackets, the least and the greatest. Beside them stands what
+the multiply-accumulates (MACs) alone predict. A training step is that of `pretrain.py`: normalisation, split, forward,
+backward, clipping, AdamW and EMA, on random images that lie ready in memory.
+"""
+
+import argparse
+import copy
+import functools
+import itertools
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import engine
+import finetune
+import pretrain
+from engine import UserError, World
+from model import MODELS, PCAE, Classifier, ViT
+from ptr import PTR, token_counts
+
+LIGHT, HEAVY = dict(decoder_depth=2), dict(decoder_depth=8)  # blocks: the poster's PCAE, as inferred, and MAE's own
+
+
+@dataclass
+class Case:
+    """A row: what to train, as settings of pretrain.py, and the poster's speed as a multiple of the first row's."""
+
+    name: str
+    settings: dict[str, Any]
+    poster: float | None = None
+
+
+# Table 4 of the poster gives 550.5, 739.7 and 876.1 images a second; its GPU days for 300 epochs are 10.1 for PCAE and
+# 15.4 for MAE. It has no time for SimMIM.
+PRETRAINING = [
+    Case("PCAE, mask .75, decoder 2", dict(method="pcae", mask_ratio=0.75) | LIGHT, 1.0),
+    Case("PCAE, mask .85, decoder 2", dict(method="pcae", mask_ratio=0.85) | LIGHT, 739.7 / 550.5),
+    Case("PCAE, mask .90, decoder 2", dict(method="pcae", mask_ratio=0.90) | LIGHT, 876.1 / 550.5),
+    Case("MAE, mask .75, decoder 8", dict(method="mae", mask_ratio=0.75) | HEAVY, 10.1 / 15.4),
+    Case("SimMIM, mask .75", dict(method="simmim", mask_ratio=0.75)),
+    Case("MAE, mask .75, decoder 2", dict(method="mae", mask_ratio=0.75) | LIGHT),
+    Case("PCAE, mask .75, decoder 8", dict(method="pcae", mask_ratio=0.75) | HEAVY),
+    Case("PCAE without PTR, decoder 2", dict(method="pcae", mask_ratio=0.75, drop_ratio=0.0) | LIGHT),
+]
+# Tables 6 and 7: stages and drop ratio. The first row is the paper's setting, which the others are compared with.
+SCHEDULES = [(3, 0.5), (1, 0.875), (6, 0.29), (12, 0.16), (3, 0.37), (3, 0.415), (3, 0.47), (3, 0.536)]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measured:
+    """What one row took: seconds in each round, for `batch_size` images of `macs` multiply-accumulates each."""
+
+    seconds: list[float]
+    batch_size: int
+    macs: int
+
+    @property
+    def images_per_second(self) -> float:
+        return self.batch_size / median(self.seconds)
+
+    def speed(self, reference: "Measured") -> tuple[float, float, float]:
+        """How many times as fast as another row, round by round: median, least, greatest."""
+        ratios = [theirs / ours for ours, theirs in zip(self.seconds, reference.seconds, strict=True)]
+        return median(ratios), min(ratios), max(ratios)
+
+
+def measure(
+    args: argparse.Namespace, runs: list[Callable[[], Any]], macs: list[int], device: torch.device
+) -> tuple[list[Measured], float]:
+    """Time all runs by turns, and among them a product of two square matrices: the MACs a second to compare with."""
+    size = 1536 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device)
+
+    def product() -> Tensor:
+        with engine.autocast(device, args.precision), torch.no_grad():
+            return a @ b
+
+    *seconds, of_product = engine.take_turns([*runs, product], device, args.rounds)
+    measured = [Measured(s, args.batch_size, m) for s, m in zip(seconds, macs, strict=True)]
+    return measured, size**3 / median(of_product)
+
+
+def kept_for_backward(model: nn.Module, images: Tensor) -> int:
+    """Bytes that the forward pass of images (B, C, H, W) keeps for the backward pass."""
+    storages: dict[int, int] = {}
+
+    def remember(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = model(images)  # holds them all until they are counted
+    total = sum(storages.values())
+    del output
+    return total
+
+
+def activation_memory(args: argparse.Namespace, model: nn.Module, device: torch.device) -> int:
+    """Bytes an image that training keeps from forward to backward: what two images need more than one."""
+    one, two = (torch.randn(count, 3, args.image_size, args.image_size, device=device) for count in (1, 2))
+    with engine.autocast(device, args.precision):
+        return kept_for_backward(model, two) - kept_for_backward(model, one)
+
+
+def peak_memory(step: Callable[[], Any], device: torch.device) -> int:
+    """Bytes that a step needs at its peak besides what is there before it, weights and moments; not on a CPU."""
+    before = torch.accelerator.memory_allocated(device)
+    torch.accelerator.reset_peak_memory_stats(device)
+    step()
+    return torch.accelerator.max_memory_allocated(device) - before
+
+
+# --- training steps ---------------------------------------------------------------------------------------------------
+
+
+def training_step(
+    args: argparse.Namespace, settings: dict[str, Any], world: World
+) -> tuple[nn.Module, Callable[[], Any]]:
+    """A model and its step as in pretrain.py, with some settings other than that script's defaults."""
+    dim = args.decoder_dim or min(512, max(32, MODELS[args.model]["dim"] * 2 // 3 // 32 * 32))
+    config = vars(pretrain.arguments().parse_args([])) | dict(
+        model=args.model, image_size=[args.image_size], patch_size=args.patch_size, batch_size=args.batch_size,
+        decoder_dim=dim, decoder_heads=max(1, dim // 32), precision=args.precision, compile=args.compile, lr=1e-5,
+        epochs=10**6, warmup_epochs=0.0,
+    )  # fmt: skip
+    config = argparse.Namespace(**(config | settings))
+    model, _ = pretrain.build_model(config)
+    images = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size)).byte()
+    loader = DataLoader(TensorDataset(images), args.batch_size)  # only its length is asked for
+    trainer = pretrain.Trainer(config, model, loader, accumulate=1, world=world)
+    batches = itertools.repeat((images.to(world.device), None, []))
+    return model, functools.partial(trainer.train_step, batches)
+
+
+def training_rows(args: argparse.Namespace, cases: list[Case], world: World) -> tuple[list[dict[str, Any]], float]:
+    """A row for each case, compared with the first one; and the matrix rate."""
+    models, steps = zip(*(training_step(args, case.settings, world) for case in cases), strict=True)
+    image = torch.zeros(1, 3, args.image_size, args.image_size)
+    macs = [engine.count_macs(model, image, backward=True) for model in models]
+    measured, rate = measure(args, list(steps), macs, world.device)
+    rows = []
+    for case, model, step, one in zip(cases, models, steps, measured, strict=True):
+        row = {
+            "": case.name,
+            "teacher's tokens": describe_tokens(model),
+            "GMACs forward": engine.count_macs(model, image) / 1e9,
+            "GMACs a step": one.macs / 1e9,
+            "images/s": one.images_per_second,
+            "speed": one.speed(measured[0]),
+            "by MACs": measured[0].macs / one.macs,
+            "poster": case.poster,
+            "of matrix rate": one.macs * one.images_per_second / rate,
+            "activations, MiB/image": activation_memory(args, model, world.device) / 2**20,
+        }
+        if world.device.type != "cpu":
+            row["peak, MiB/image"] = peak_memory(step, world.device) / 2**20 / args.batch_size
+        rows.append(row)
+    return rows, rate
+
+
+def describe_tokens(model: nn.Module) -> str:
+    """How many patches each block of a teacher sees, and how many leave the last: 147 73x4 36x4 18x3 -> 18."""
+    if not isinstance(model, PCAE):
+        return ""
+    groups = [(count, len(list(same))) for count, same in itertools.groupby(model.token_counts[:-1])]
+    seen = [f"{count}x{times}" if times > 1 else str(count) for count, times in groups]
+    return f"{' '.join(seen)} -> {model.token_counts[-1]}"
+
+
+# --- the tables -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Table:
+    title: str
+    rows: list[dict[str, Any]]  # the same columns in all; a tuple is median, least, greatest
+    notes: str
+
+    def markdown(self) -> str:
+        """As in GitHub's flavour, columns aligned."""
+        cells = [list(self.rows[0])] + [[show(value) for value in row.values()] for row in self.rows]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+        lines.insert(1, " | ".join("-" * width for width in widths))
+        return "\n".join([f"## {self.title}", "", *(f"| {line} |" for line in lines), "", self.notes])
+
+
+def show(value: Any) -> str:
+    """A value in a table's cell."""
+    if isinstance(value, tuple):
+        middle, least, greatest = value
+        return f"{middle:.2f} [{least:.2f}-{greatest:.2f}]"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+    return "" if value is None else str(value)
+
+
+def pretraining(args: argparse.Namespace, world: World) -> Table:
+    """Table 4 of the poster, and its GPU days."""
+    rows, rate = training_rows(args, PRETRAINING, world)
+    return Table(
+        "Pre-training: one step of each method",
+        rows,
+        "Speeds are multiples of the first row's. The poster gives images a second at three mask ratios, and GPU days "
+        "of 300 epochs for PCAE and MAE; MAE's decoder has 8 blocks, that of its PCAE it does not say, and 2 fit. Much "
+        f"of PCAE's lead over MAE is that decoder: compare the rows that have the same one. {describe_rate(rate)}",
+    )
+
+
+def schedules(args: argparse.Namespace, world: World) -> Table:
+    """Tables 6 and 7 of the poster: how often to drop, and how much."""
+    depth = MODELS[args.model]["depth"]
+    cases = [
+        Case(f"{stages} x {ratio:g}", dict(drop_stages=stages, drop_ratio=ratio) | LIGHT)
+        for stages, ratio in SCHEDULES
+        if stages <= depth
+    ]
+    rows, rate = training_rows(args, cases, world)
+    return Table(
+        "Pre-training: stages x drop ratio",
+        [{name: value for name, value in row.items() if name != "poster"} for row in rows],
+        f"Speeds are multiples of the first row's, the paper's setting. {describe_rate(rate)}",
+    )
+
+
+@torch.no_grad()
+def inference(args: argparse.Namespace, world: World) -> Table:
+    """Table 5 of the poster: PTR in a classifier of 1,000 classes."""
+    try:
+        encoder = ViT((args.image_size, args.image_size), args.patch_size, **MODELS[args.model])
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    depth = len(encoder.blocks)
+    blocks = depth // 12, depth * 5 // 12
+    classifier = Classifier(encoder, 1000).to(world.device).eval()
+    models = [copy.copy(classifier) for _ in finetune.POSTER]  # the same weights, each with a PTR of its own
+    for model, ratio in zip(models, finetune.POSTER, strict=True):
+        model.ptr = PTR(blocks, ratio)
+    images = torch.randn(args.batch_size, 3, args.image_size, args.image_size, device=world.device)
+
+    def predict(model: nn.Module) -> None:
+        with engine.autocast(world.device, args.precision), torch.no_grad():
+            model(images)
+
+    macs = [engine.count_macs(model, images[:1]) for model in models]
+    compiled = [torch.compile(model) if args.compile else model for model in models]
+    measured, rate = measure(args, [functools.partial(predict, model) for model in compiled], macs, world.device)
+    rows = []
+    for model, one in zip(models, measured, strict=True):
+        poster_macs, _, poster_speed = finetune.POSTER[model.ptr.drop_ratio]
+        rows.append({
+            "drop ratio": f"{model.ptr.drop_ratio:g}",
+            "tokens at the end": token_counts(encoder.num_patches, depth, model.ptr)[-1],
+            "GMACs": one.macs / 1e9,
+            "poster's GMACs": poster_macs,
+            "images/s": one.images_per_second,
+            "speed": one.speed(measured[0]),
+            "by MACs": measured[0].macs / one.macs,
+            "poster": poster_speed,
+            "of matrix rate": one.macs * one.images_per_second / rate,
+        })  # fmt: skip
+    return Table(
+        f"Inference: dropping after blocks {blocks[0]} and {blocks[1]}",
+        rows,
+        "Speeds are multiples of the first row's. The poster's numbers are those of ViT-B/16. After which blocks it "
+        "drops it does not say; of all regular placements 1 and 5 of 12 are nearest to its MACs. "
+        f"{describe_rate(rate)}",
+    )
+
+
+def describe_rate(rate: float) -> str:
+    """What "of matrix rate" is a share of."""
+    return f"A product of two large matrices made {rate / 1e9:,.0f} GMACs a second meanwhile."
+
+
+SECTIONS = {"pretrain": pretraining, "ablations": schedules, "inference": inference}
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = engine.flag_parser(__doc__)
+    parser.add_argument("section", nargs="?", default="all", choices=("all", *SECTIONS), help="which tables")
+    add = functools.partial(engine.add_flag, parser)
+    add("--model", "vit_small", "encoder", choices=MODELS)
+    add("--image-size", 224, "pixels of a side")
+    add("--patch-size", 16, "pixels of a side")
+    add("--decoder-dim", None, "decoder width (default: two thirds of the encoder's, 512 at most)", type=int)
+    add("--batch-size", 8, "images a step")
+    add("--rounds", 5, "steps of each row that count; one more warms up")
+    add("--device", "auto", "cpu, cuda, mps, ...")
+    add("--precision", "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
+    add("--compile", False, "torch.compile the models: minutes for each row", action="store_true")
+    add("--markdown", None, "write the tables to this file too", metavar="FILE")
+    add("--json", None, "write the numbers to this file too", metavar="FILE")
+    return parser
+
+
+def describe_machine(args: argparse.Namespace, device: torch.device) -> str:
+    """What the numbers were measured on."""
+    name = platform.processor() or platform.machine()
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif Path("/proc/cpuinfo").exists():
+        models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        name = models[0].split(":")[1].strip() if models else name
+    threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return (
+        f"{name} ({device.type}{threads}), torch {torch.__version__}, precision {args.precision}"
+        f"{', compiled' if args.compile else ''}; {args.model}/{args.patch_size} at {args.image_size} pixels, "
+        f"{args.batch_size} images a step, {args.rounds} rounds"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments().parse_args(argv)
+    for name, least in (("batch_size", 1), ("rounds", 1), ("image_size", 1), ("patch_size", 1), ("decoder_dim", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} must be {least} or more, got {value}")
+    for name in ("markdown", "json"):
+        file = getattr(args, name)
+        if file is not None and not Path(file).parent.is_dir():
+            raise UserError(f"--{name} {file}: there is no folder {Path(file).parent}")
+    world = engine.start_world(args.device)
+    torch.manual_seed(0)
+    header = describe_machine(args, world.device)
+    print(header, flush=True)
+    tables = {}
+    for name in SECTIONS if args.section == "all" else (args.section,):
+        tables[name] = SECTIONS[name](args, world)
+        print(f"\n{tables[name].markdown()}", flush=True)
+        write_files(args, header, tables)  # each time: what is measured is not lost
+
+
+def write_files(args: argparse.Namespace, header: str, tables: dict[str, Table]) -> None:
+    """What `--markdown` and `--json` ask for."""
+    if args.markdown is not None:
+        text = "\n\n".join([header, *(table.markdown() for table in tables.values())])
+        engine.replace_file(Path(args.markdown), lambda file: file.write(f"{text}\n".encode()))
+    if args.json is not None:
+        content = dict(machine=header, settings=vars(args)) | {name: asdict(table) for name, table in tables.items()}
+        engine.replace_file(Path(args.json), lambda file: file.write(f"{json.dumps(content, indent=2)}\n".encode()))
+
+
+if __name__ == "__main__":
+    engine.launch(main)
