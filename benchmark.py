@@ -209,7 +209,7 @@ def show(value: Any) -> str:
         middle, least, greatest = value
         return f"{middle:.2f} [{least:.2f}-{greatest:.2f}]"
     if isinstance(value, float):
-        return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}".rstrip(".")
+        return f"{value:,.0f}" if value >= 100 else f"{value:.2f}" if value >= 1 else f"{value:.3g}"
     return "" if value is None else str(value)
 
 
