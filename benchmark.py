@@ -16,6 +16,8 @@ import functools
 import itertools
 import json
 import platform
+import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,9 +25,14 @@ from statistics import median
 from typing import Any
 
 import torch
+import torchvision.transforms as v1
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader, TensorDataset
 
+import data
 import engine
 import finetune
 import pretrain
@@ -286,12 +293,137 @@ def inference(args: argparse.Namespace, world: World) -> Table:
     )
 
 
+# What an operation of torch is for, told by its name.
+PARTS = {
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm"),
+    "attention": ("_scaled_dot_product", "_flash_attention", "_efficient_attention"),  # beginnings of names
+    "LayerNorm, GELU, sums": ("native_layer_norm", "gelu", "add", "sum"),
+    "split, PTR, gathers": ("sort", "topk", "gather", "index", "scatter", "clamp_min"),
+    "AdamW": ("_fused_adamw",),
+    "teacher's step": ("lerp", "_foreach_lerp"),
+    "gradient clipping": ("linalg_vector_norm", "mul_", "_foreach_norm", "_foreach_mul"),
+}
+REST = "copies, Python, and the rest"
+
+
+def part_of(operation: str) -> str:
+    """The part of a step that an operation of torch (aten::addmm, ...) belongs to."""
+    name = operation.removeprefix("aten::")
+    if name in PARTS["matrix products"]:
+        return "matrix products"
+    for part, beginnings in list(PARTS.items())[1:]:
+        if name.startswith(beginnings):
+            return part
+    return REST
+
+
+def operation_seconds(step: Callable[[], Any], device: torch.device, steps: int = 3) -> dict[str, float]:
+    """Seconds that each part of a step takes by itself, as torch's profiler sees its operations."""
+    on_cpu = device.type == "cpu"
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (not on_cpu)) as profiler:
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        engine.synchronize(device)
+        wall = time.perf_counter() - start
+    seconds = dict.fromkeys([*PARTS, REST], 0.0)
+    for event in profiler.key_averages():
+        if event.key.startswith("aten::"):
+            taken = event.self_cpu_time_total if on_cpu else event.self_device_time_total
+            seconds[part_of(event.key)] += taken / 1e6 / steps
+    seconds[REST] = wall / steps - sum(seconds[part] for part in PARTS)
+    return seconds
+
+
+def anatomy(args: argparse.Namespace, world: World) -> Table:
+    """Where the time of PCAE's step goes, and the least it could take there."""
+    model, step = training_step(args, PRETRAINING[0].settings, world)
+    image = torch.zeros(1, 3, args.image_size, args.image_size)
+    macs = engine.count_macs(model, image, backward=True)
+    source = torch.randn(2**26, device=world.device)
+    target = torch.empty_like(source)
+    _, rate = measure(args, [step], [macs], world.device)
+    [copying] = engine.take_turns([lambda: target.copy_(source)], world.device, args.rounds)
+    bandwidth = 2 * source.nbytes / median(copying)
+    trained, followed = (sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, model.student))
+    floors = {  # multiplications, and numbers of 4 bytes that must be read or written
+        "matrix products": macs * args.batch_size / rate,
+        "AdamW": 7 * 4 * trained / bandwidth,  # weight, gradient and two moments; all but the gradient twice
+        "teacher's step": 3 * 4 * followed / bandwidth,
+        "gradient clipping": 3 * 4 * trained / bandwidth,
+    }
+    seconds = operation_seconds(step, world.device)
+    total = sum(seconds.values())
+    rows = []
+    for part, taken in seconds.items():
+        floor = 1e3 * floors[part] if part in floors else None
+        rows.append({"part": part, "ms": 1e3 * taken, "share": f"{taken / total:.1%}", "floor, ms": floor})
+    return Table(
+        f"Anatomy of a step: {PRETRAINING[0].name}",
+        rows,
+        f"Floors: MACs, attention's included, over the rate of a large product, {rate / 1e9:,.0f} GMACs a second; "
+        f"bytes that must move, over the rate at which memory is copied, {bandwidth / 1e9:.1f} GB a second.",
+    )
+
+
+def write_photographs(folder: Path, count: int) -> list[Path]:
+    """JPEG files of 500 x 375 pixels of smooth colours and some noise, of about the size of photographs (80 KB)."""
+    paths = [folder / f"{i}.jpg" for i in range(count)]
+    for path in paths:
+        smooth = tvf.resize(torch.rand(3, 24, 32), [375, 500], antialias=True)
+        tvf.to_pil_image((0.85 * smooth + 0.15 * torch.rand(3, 375, 500)).clamp(0, 1)).save(path, quality=90)
+    return paths
+
+
+def loading(args: argparse.Namespace, world: World) -> Table:
+    """Images a second that one core reads, beside Pillow, ToTensor and Normalize."""
+    size, threads = (args.image_size, args.image_size), torch.get_num_threads()
+    usual = v1.Compose([
+        v1.RandomResizedCrop(size, (0.2, 1.0), interpolation=v1.InterpolationMode.BICUBIC),
+        v1.RandomHorizontalFlip(),
+        v1.ToTensor(),
+        v1.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD),
+    ])  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_photographs(Path(folder), 32)
+        files = data.Views(data.ImageFiles(Path(folder)), data.pretraining_view(size, 0.2))
+        shapes = data.Views(data.Shapes("train", 512, (32, 32)), data.pretraining_view((32, 32), 1.0))
+        torch.set_num_threads(1)
+        times = engine.take_turns(
+            [
+                lambda: torch.stack([usual(Image.open(path).convert("RGB")) for path in paths]),
+                lambda: data.collate([files[0, i] for i in range(len(files))]),
+                lambda: data.collate([shapes[0, i] for i in range(len(shapes))]),
+            ],
+            torch.device("cpu"),
+            args.rounds,
+        )
+        torch.set_num_threads(threads)
+    names = "JPEG: Pillow, crop, ToTensor, Normalize", "JPEG, as pretrain.py reads it", "shapes, drawn once"
+    measured = [Measured(times[i], len(images), macs=0) for i, images in enumerate((paths, files, shapes))]
+    rows = [{"": name, "images/s": one.images_per_second} for name, one in zip(names, measured, strict=True)]
+    for row, one in zip(rows, measured, strict=True):
+        row["speed"] = one.speed(measured[0]) if one.batch_size == len(paths) else None  # shapes are other images
+    return Table(
+        "Data: what one core reads",
+        rows,
+        "Files of 500 x 375 pixels, random crops resized to "
+        f"{args.image_size}; what pretrain.py reads stays in bytes, and the device normalises it.",
+    )
+
+
 def describe_rate(rate: float) -> str:
     """What "of matrix rate" is a share of."""
     return f"A product of two large matrices made {rate / 1e9:,.0f} GMACs a second meanwhile."
 
 
-SECTIONS = {"pretrain": pretraining, "ablations": schedules, "inference": inference}
+SECTIONS = {
+    "pretrain": pretraining,
+    "ablations": schedules,
+    "inference": inference,
+    "profile": anatomy,
+    "data": loading,
+}
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

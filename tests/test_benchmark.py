@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import baselines
 import benchmark
+import data
 import engine
 from engine import UserError
 from helpers import flags
@@ -179,6 +181,44 @@ def test_tokens_of_the_teacher():
     assert benchmark.describe_tokens(nn.Linear(1, 1)) == ""
 
 
+# --- anatomy and data -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("operation, part", [
+    ("aten::mm", "matrix products"), ("aten::addmm", "matrix products"), ("aten::mul_", "gradient clipping"),
+    ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", "attention"), ("aten::_fused_adamw_", "AdamW"),
+    ("aten::native_layer_norm_backward", "LayerNorm, GELU, sums"), ("aten::lerp_", "teacher's step"),
+    ("aten::topk", "split, PTR, gathers"), ("aten::copy_", benchmark.REST), ("aten::mul", benchmark.REST),
+])  # fmt: skip
+def test_parts(operation, part):
+    assert benchmark.part_of(operation) == part
+
+
+def test_parts_make_up_the_step():
+    """A large product takes most of the time that a call takes, and the parts add up to it."""
+    a = torch.randn(600, 600)
+
+    def step():
+        (a @ a).sort(dim=1)
+
+    start = time.perf_counter()
+    seconds = benchmark.operation_seconds(step, torch.device("cpu"), steps=5)
+    assert 0 < sum(seconds.values()) <= (time.perf_counter() - start) / 5
+    assert seconds["matrix products"] > 0 and seconds["split, PTR, gathers"] > 0
+    assert all(taken == 0 for part, taken in seconds.items() if part in ("attention", "AdamW", "teacher's step"))
+    assert all(taken >= 0 for taken in seconds.values())
+
+
+def test_every_part_of_pcae_is_found():
+    _, step = benchmark.training_step(settings(), dict(method="pcae"), CPU)
+    assert all(taken > 0 for taken in benchmark.operation_seconds(step, torch.device("cpu")).values())
+
+
+def test_photographs(tmp_path):
+    for path in benchmark.write_photographs(tmp_path, 2):
+        assert data.read_image(path).shape == (3, 375, 500) and 40_000 < path.stat().st_size < 120_000
+
+
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +233,7 @@ def report(tmp_path_factory):
 
 def test_tables(report):
     text, content = report
-    assert list(content) == ["machine", "settings", "pretrain", "ablations", "inference"]
+    assert list(content) == ["machine", "settings", *benchmark.SECTIONS]
     assert content["settings"]["model"] == "vit_mini" and content["machine"] in text and torch.__version__ in text
     rows = content["pretrain"]["rows"]
     assert [row[""] for row in rows] == [case.name for case in benchmark.PRETRAINING]
@@ -204,18 +244,20 @@ def test_tables(report):
     assert [row["drop ratio"] for row in content["inference"]["rows"]] == ["0", "0.1", "0.2", "0.3", "0.4"]
     assert [row["tokens at the end"] for row in content["inference"]["rows"]] == [16, 12, 9, 7, 5]
     assert all("poster" not in row for row in content["ablations"]["rows"])
+    assert [row["part"] for row in content["profile"]["rows"]] == [*benchmark.PARTS, benchmark.REST]
+    assert sum(float(row["share"].rstrip("%")) for row in content["profile"]["rows"]) == pytest.approx(100, abs=0.5)
+    assert [row["images/s"] > 0 for row in content["data"]["rows"]] == [True] * 3
 
 
 def test_markdown_holds_the_same_numbers(report):
     text, content = report
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
-    for name in ("pretrain", "ablations", "inference"):
+    for name in benchmark.SECTIONS:
         columns, rule, *rows = lines[: len(content[name]["rows"]) + 2]
         lines = lines[len(content[name]["rows"]) + 2 :]
         assert columns == list(content[name]["rows"][0]) and set("".join(rule)) == {"-"}
         for cells, row in zip(rows, content[name]["rows"], strict=True):
-            assert cells[columns.index("speed")].startswith(f"{row['speed'][0]:.2f} [")
-            assert float(cells[columns.index("images/s")].replace(",", "")) == pytest.approx(row["images/s"], rel=0.01)
+            assert cells == [benchmark.show(tuple(v) if isinstance(v, list) else v) for v in row.values()]
     assert not lines
 
 
