@@ -160,6 +160,13 @@ def test_mask_ratios_that_leave_nothing(method, ratio):
         method(small_vit(), mask_ratio=ratio)
 
 
+def test_initial_weights_of_the_pixel_head():
+    head = SimMIM(small_vit(dim=64)).decoder
+    assert head.mask_token.std().item() == pytest.approx(0.02, rel=0.3) and not head.pred.bias.any()
+    bound = math.sqrt(6 / (64 + 3 * PATCH**2))  # Xavier
+    assert 0.9 * bound < head.pred.weight.abs().max() <= bound
+
+
 def test_bf16_losses_are_float32():
     for method in (MAE, SimMIM):
         with torch.autocast("cpu", torch.bfloat16):
