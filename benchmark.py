@@ -4,10 +4,10 @@
     python benchmark.py pretrain --model vit_base                   one section, ViT-Base, on a CPU in ten minutes
     python benchmark.py --model vit_base --batch-size 256 --compile --markdown FILE.md          on a GPU
 
-What a table compares takes turns step by step, so that a machine that is busy for a while is so for all. Ratios are
-taken within each round; given are their median and, in brackets, the least and the greatest. Beside them stands what
-the multiply-accumulates (MACs) alone predict. A training step is that of `pretrain.py`: normalisation, split, forward,
-backward, clipping, AdamW and EMA, on random images that lie ready in memory.
+What is compared takes turns step by step, so that a machine that is busy for a while is so for both. Speeds are ratios
+within each round: given are their median and, in brackets, the least and the greatest; a first row, compared with
+itself, shows the noise. Beside them stands what the multiply-accumulates (MACs) alone predict. A training step is that
+of `pretrain.py`: normalisation, split, forward, backward, clipping, AdamW and EMA, on random images ready in memory.
 """
 
 import argparse
@@ -158,21 +158,27 @@ def training_step(
 
 
 def training_rows(args: argparse.Namespace, cases: list[Case], world: World) -> tuple[list[dict[str, Any]], float]:
-    """A row for each case, compared with the first one; and the matrix rate."""
-    models, steps = zip(*(training_step(args, case.settings, world) for case in cases), strict=True)
+    """A row for each case, each by turns with the first one, also that itself; and the matrix rate.
+
+    By turns with all others would be shorter, but needs memory for the weights and moments of all of them at once.
+    """
     image = torch.zeros(1, 3, args.image_size, args.image_size)
-    macs = [engine.count_macs(model, image, backward=True) for model in models]
-    measured, rate = measure(args, list(steps), macs, world.device)
-    rows = []
-    for case, model, step, one in zip(cases, models, steps, measured, strict=True):
+    first_model, first_step = training_step(args, cases[0].settings, world)
+    rows, rates = [], []
+    for case in cases:
+        is_first = case is cases[0]
+        model, step = (first_model, first_step) if is_first else training_step(args, case.settings, world)
+        macs = [engine.count_macs(m, image, backward=True) for m in (first_model, model)]
+        (first, one), rate = measure(args, [first_step, step], macs, world.device)
+        rates.append(rate)
         row = {
             "": case.name,
             "teacher's tokens": describe_tokens(model),
             "GMACs forward": engine.count_macs(model, image) / 1e9,
             "GMACs a step": one.macs / 1e9,
             "images/s": one.images_per_second,
-            "speed": one.speed(measured[0]),
-            "by MACs": measured[0].macs / one.macs,
+            "speed": one.speed(first),
+            "by MACs": first.macs / one.macs,
             "poster": case.poster,
             "of matrix rate": one.macs * one.images_per_second / rate,
             "activations, MiB/image": activation_memory(args, model, world.device) / 2**20,
@@ -180,7 +186,7 @@ def training_rows(args: argparse.Namespace, cases: list[Case], world: World) -> 
         if world.device.type != "cpu":
             row["peak, MiB/image"] = peak_memory(step, world.device) / 2**20 / args.batch_size
         rows.append(row)
-    return rows, rate
+    return rows, median(rates)
 
 
 def describe_tokens(model: nn.Module) -> str:
@@ -438,7 +444,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--patch-size", 16, "pixels of a side")
     add("--decoder-dim", None, "decoder width (default: two thirds of the encoder's, 512 at most)", type=int)
     add("--batch-size", 8, "images a step")
-    add("--rounds", 5, "steps of each row that count; one more warms up")
+    add("--rounds", 3, "steps of each row that count; one more warms up")
     add("--device", "auto", "cpu, cuda, mps, ...")
     add("--precision", "auto", "auto: bf16 on CUDA, else fp32", choices=("auto", "fp32", "bf16"))
     add("--compile", False, "torch.compile the models: minutes for each row", action="store_true")
