@@ -107,6 +107,15 @@ def test_what_is_kept_for_backward():
         assert kept == 4 * (batch * (10 + 30 + 5) + weights)
 
 
+def test_parts_of_one_tensor_are_kept_once():
+    class Gate(nn.Linear):
+        def forward(self, x):
+            a, b = super().forward(x).chunk(2, dim=-1)
+            return a * b
+
+    assert benchmark.kept_for_backward(Gate(10, 30), torch.randn(4, 10)) == 4 * 4 * (10 + 30)
+
+
 def test_activations_of_an_image_do_not_depend_on_weights():
     for width, expected in ((4, 4 * (3 * 8 * 8 + 4)), (400, 4 * (3 * 8 * 8 + 400))):
         layers = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, width), nn.ReLU(), nn.Linear(width, 1))
