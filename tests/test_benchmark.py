@@ -235,7 +235,7 @@ def test_photographs(tmp_path):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("benchmark")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(benchmark, "SCHEDULES", benchmark.SCHEDULES[:2])
+        patch.setattr(benchmark, "SCHEDULES", [(3, 0.5), (1, 0.875), (6, 0.29)])
         benchmark.main(flags(TINY | dict(markdown=folder / "a.md", json=folder / "a.json")))
     return (folder / "a.md").read_text(), json.loads((folder / "a.json").read_text())
 
@@ -247,11 +247,13 @@ def test_tables(report):
     rows = content["pretrain"]["rows"]
     assert [row[""] for row in rows] == [case.name for case in benchmark.PRETRAINING]
     for row in rows:
+        assert 1.5 * row["GMACs forward"] < row["GMACs a step"] < 3 * row["GMACs forward"]
         assert row["by MACs"] == pytest.approx(rows[0]["GMACs a step"] / row["GMACs a step"])
         assert row["speed"][1] <= row["speed"][0] <= row["speed"][2] and row["images/s"] > 0
         assert 0 < row["of matrix rate"] < 1 and row["activations, MiB/image"] > 0
     assert [row["drop ratio"] for row in content["inference"]["rows"]] == ["0", "0.1", "0.2", "0.3", "0.4"]
     assert [row["tokens at the end"] for row in content["inference"]["rows"]] == [16, 12, 9, 7, 5]
+    assert [row[""] for row in content["ablations"]["rows"]] == ["3 x 0.5", "1 x 0.875"], "six do not fit 4 blocks"
     assert all("poster" not in row for row in content["ablations"]["rows"])
     assert [row["part"] for row in content["profile"]["rows"]] == [*benchmark.PARTS, benchmark.REST]
     assert sum(float(row["share"].rstrip("%")) for row in content["profile"]["rows"]) == pytest.approx(100, abs=0.5)
@@ -272,7 +274,7 @@ def test_markdown_holds_the_same_numbers(report):
 
 @pytest.mark.parametrize("value, text", [
     ((1.234, 1.0, 2.5), "1.23 [1.00-2.50]"), (17.57, "17.57"), (0.0123, "0.0123"), (1234.5, "1,234"), (100.0, "100"),
-    (0.6559, "0.656"), (None, ""), ("0.1", "0.1"), (7, "7"), (0.5, "0.5"),
+    (1.234, "1.23"), (0.6559, "0.656"), (None, ""), ("0.1", "0.1"), (7, "7"), (0.5, "0.5"),
 ])  # fmt: skip
 def test_cells(value, text):
     assert benchmark.show(value) == text
