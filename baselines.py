@@ -3,7 +3,7 @@
 Read each beside `model.PCAE`, which differs from them in what it predicts, and where:
 
             encoder sees                     predicts, at            target                 decoder
-    SimMIM  all patches, masked ones blank   all masked patches      pixels                 one linear layer
+    SimMIM  all patches, masked ones blank   all masked patches      pixels                 a linear layer
     MAE     visible patches                  all masked patches      normalised pixels      blocks over all patches
     PCAE    visible patches                  what its teacher keeps  the teacher's latents  blocks over those it needs
 """
@@ -31,7 +31,9 @@ class PixelOutput(NamedTuple):
 class MAE(nn.Module):
     """Masked autoencoder: encode the visible patches, decode all of them, compare the pixels of the masked ones.
 
-    Its authors' decoder for ImageNet is 8 blocks of width 512. Raises ValueError where sizes do not fit together.
+    Its authors' decoder for ImageNet is 8 blocks of width 512. They divide by the deviation with n - 1, here it is that
+    of n numbers, as in PCAE's target: with patches of 16 pixels a factor of 1.0007. Raises ValueError where sizes do
+    not fit together.
     """
 
     def __init__(
@@ -70,8 +72,8 @@ class MAE(nn.Module):
 class SimMIM(nn.Module):
     """Simple masked image modelling: blank out the masked patches, encode all, read their pixels off linearly.
 
-    Its authors mask squares of 32 pixels; here, as in the other methods, single patches. Raises ValueError where the
-    mask ratio leaves nothing to see or to predict.
+    Its authors mask 60 % of the image in squares of 32 pixels; here it is 75 % of the single patches, as in the other
+    methods. Raises ValueError where the mask ratio leaves nothing to see or to predict.
     """
 
     def __init__(self, student: ViT, *, mask_ratio: float = 0.75):
@@ -105,7 +107,7 @@ class SimMIM(nn.Module):
 
 
 class PixelHead(nn.Module):
-    """What SimMIM adds to its encoder, and throws away after pre-training: a mask token and a linear layer."""
+    """What SimMIM adds to its encoder and throws away after pre-training: the encoder's mask token, a linear layer."""
 
     def __init__(self, dim: int, num_pixels: int):
         super().__init__()

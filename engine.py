@@ -294,14 +294,18 @@ def synchronize(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
+def resolve_precision(device: torch.device, precision: str) -> str:
+    """`bf16` or `fp32`; `auto` is bf16 on CUDA cards that have it."""
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast for `bf16`, none for `fp32`; `auto` is bf16 on CUDA cards that have it."""
-    if precision == "auto":
-        native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if native else "fp32"
+    """bf16 autocast, or none, as `resolve_precision` says."""
     if device.type == "meta":  # nothing is computed there, and torch has no autocast for it
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(device, precision) == "bf16")
 
 
 # --- optimisation -----------------------------------------------------------------------------------------------------
@@ -410,7 +414,7 @@ class Trainer:
         self.ddp = DistributedDataParallel(model) if world.size > 1 else None
         self.runner = self.ddp or model
         if args.compile:
-            self.runner = torch.compile(self.runner)
+            self.runner = torch.compile(self.runner, dynamic=False)  # all batches are of one size
         self.steps_per_epoch = len(loader) // accumulate
         if not self.steps_per_epoch:
             raise UserError(f"--batch-size {args.batch_size} is more than the {len(loader.dataset)} images to train on")

@@ -64,7 +64,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--decoder-heads", 4, "decoder heads")
 
     add = functools.partial(engine.add_flag, parser.add_argument_group("method"))
-    add("--method", "pcae", "the paper's method, or one to compare it with", choices=METHODS)
+    add("--method", "pcae", "the paper's, or one to compare it with (the default --blr is tuned to pcae)",
+        choices=METHODS)
     add("--mask-ratio", 0.75, "share of the patches hidden from the student and, in PCAE, shown to the teacher")
     add("--drop-ratio", 0.5, "share of its tokens that each stage drops")
     engine.add_ptr_flags(add)
@@ -253,10 +254,13 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
     trained = [row for row in history if row.get("loss") is not None]
     text = f"{history[-1]['epoch']} epochs, {history[-1]['step']:,} steps."
     if trained:
-        text += (
-            f" The loss went from {trained[0]['loss']:.3f} to {trained[-1]['loss']:.3f}, the spread of targets from "
-            f"{trained[0]['target_std']:.2f} to {trained[-1]['target_std']:.2f} (1: all directions, 0: collapsed)."
-        )
+        text += f" The loss went from {trained[0]['loss']:.3f} to {trained[-1]['loss']:.3f}"
+        if trainer.has_teacher:
+            text += (
+                f", the spread of targets from {trained[0]['target_std']:.2f} to {trained[-1]['target_std']:.2f} "
+                "(1: all directions, 0: collapsed)"
+            )
+        text += "."
     scores = [row for row in history if "knn" in row]
     if scores:
         text += (
@@ -303,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
             last = Path(args.out) / "last.pt"
             print(f"The student is in {last}. Next, train a classifier from it, or pre-train on your images:")
             print(f"  python finetune.py --init {last}")
-            print(f"  python pretrain.py --data FOLDER {NEXT}")
+            print(f"  python pretrain.py --method {args.method} --data FOLDER {NEXT}")
 
 
 if __name__ == "__main__":
