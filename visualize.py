@@ -104,10 +104,11 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         del given["images"]
     if args.log is not None or args.coverage:
         check_used(given, "--log" if args.log is not None else "--coverage")
+    least = 2 if args.coverage else 1  # images; of one alone there is no standard error
     requirements = [
         (args.metrics is None or args.log is not None, "--metrics goes with --log"),
         (Path(args.out).suffix.lower() == ".png", f"--out must end in .png, got {args.out}"),
-        (args.limit is None or args.limit > 0, f"--limit must be 1 or more, got {args.limit}"),
+        (args.limit is None or args.limit >= least, f"--limit must be {least} or more, got {args.limit}"),
         (0 < args.mask_ratio < 1, f"--mask-ratio must be in (0, 1), got {args.mask_ratio}"),
         (0 <= args.score_threshold <= 1, f"--score-threshold must be in [0, 1], got {args.score_threshold}"),
         (0 <= args.seed < 2**32, f"--seed must be in [0, 2^32), got {args.seed}"),
@@ -142,9 +143,15 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
 
     Completes `args` by the settings of a checkpoint of ours.
     """
-    if "method" in checkpoint:
-        saved = {name: checkpoint["config"][name] for name in KEPT if name in checkpoint["config"]}
-        vars(args).update(saved | {name: given[name] for name in KEPT if name in given})
+    config = checkpoint.get("config", {}) if "method" in checkpoint else {}
+    saved = {name: config[name] for name in KEPT if name in config and name not in given}
+    if isinstance(saved.get("drop_ratio"), list):  # finetune.py takes several
+        saved["drop_ratio"] = saved["drop_ratio"][0]
+    if given.keys() & {"drop_stages", "drop_at"}:
+        saved.pop("drop_blocks", None)
+    vars(args).update(saved)
+    if "drop_ratio" not in given:
+        args.drop_ratio = args.drop_ratio or 0.5
     teacher = checkpoint.get("method") == "pcae" and args.weights != "student"
     weights = args.weights or ("teacher" if teacher else "student")
     options = dict(image_size=args.image_size and data.sides(args.image_size), heads=args.heads)
@@ -159,11 +166,12 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
     if classifier is not None and args.masked:
         raise UserError(f"--masked is not for {args.checkpoint}: a classifier sees whole images")
-    ratio = args.drop_ratio[0] if isinstance(args.drop_ratio, list) else args.drop_ratio
     visible = num_kept(encoder.num_patches, args.mask_ratio) if args.masked or args.coverage else 0
-    ptr = engine.token_reduction(args, len(encoder.blocks), encoder.num_patches - visible, ratio or 0.5)
+    if (args.masked or args.coverage) and not 0 < visible < encoder.num_patches:
+        raise UserError(f"--mask-ratio {args.mask_ratio:g} leaves {visible} of {encoder.num_patches} patches visible")
+    ptr = engine.token_reduction(args, len(encoder.blocks), encoder.num_patches - visible, args.drop_ratio)
     if not ptr.blocks:
-        raise UserError("nothing would be dropped: --drop-stages must be 1 or more")
+        raise UserError("nothing would be dropped: raise --drop-ratio and --drop-stages")
     classes = tuple(map(str, checkpoint.get("classes", ()))) if classifier is not None else ()
     return Subject(encoder, not teacher, ptr, classifier, classes)
 
@@ -203,7 +211,7 @@ class Stage(NamedTuple):
 def trace(subject: Subject, images: Tensor, patch_ids: Tensor, *seed: int | str) -> list[Stage]:
     """What each stage of PTR does to patches `patch_ids` (B, n) of images (B, C, H, W), normalised.
 
-    The encoder itself is run, once for each stage without those behind it, of which it does not depend. The `random`
+    The encoder itself is run, once up to each stage: what a stage keeps does not depend on later ones. The `random`
     criterion draws the same each time, from `seed`.
     """
     encoder, ptr, stages, given = subject.encoder, subject.ptr, [], patch_ids
@@ -399,7 +407,7 @@ def coverage(args: argparse.Namespace, subject: Subject, masked: bool, device: t
 
 def coverage_table(args: argparse.Namespace, subject: Subject, masked: bool, device: torch.device) -> str:
     """Coverage by the object at each stage, for each criterion and for an encoder that was never trained."""
-    engine.seed_generators(torch.device("cpu"), args.seed, "untrained")
+    engine.seed_generators(torch.device("cpu"), args.seed, "weights")  # as pretrain.py begins
     untrained = ViT(**subject.encoder.arguments).to(device).eval()
     subjects = {criterion: replace(subject, ptr=replace(subject.ptr, criterion=criterion)) for criterion in CRITERIA}
     subjects["untrained"] = replace(subject, encoder=untrained, ptr=subjects["similarity"].ptr)
@@ -597,7 +605,7 @@ def draw_curves(logs: dict[str, dict[str, Curve]], metrics: list[str] | None) ->
     known = list(dict.fromkeys(name for curves in logs.values() for name in curves))
     unknown = [name for name in metrics or () if name not in known]
     if unknown or not known:
-        missing = f"--metrics {unknown[0]}" if unknown else "a column with numbers"
+        missing = f"--metrics {unknown[0]}" if unknown else "column with numbers"
         raise UserError(f"there is no {missing} in these logs, but {', '.join(known) or 'nothing to draw'}")
     if len(logs) > len(COLOURS):
         raise UserError(f"--log takes at most {len(COLOURS)} runs: more could not be told apart")
