@@ -148,7 +148,7 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
     if isinstance(saved.get("drop_ratio"), list):  # finetune.py takes several
         saved["drop_ratio"] = saved["drop_ratio"][0]
     if given.keys() & {"drop_stages", "drop_at"}:
-        saved.pop("drop_blocks", None)
+        saved.pop("drop_blocks", None)  # else they would win
     vars(args).update(saved)
     if "drop_ratio" not in given:
         args.drop_ratio = args.drop_ratio or 0.5
@@ -480,6 +480,8 @@ def draw_detections(args: argparse.Namespace, given: dict[str, Any], device: tor
     settings, checkpoint = detect.read_settings(["--eval", args.checkpoint])
     flags = {name: given[name] for name in KEPT if name in given}
     flags |= dict(drop_ratio=[args.drop_ratio]) if "drop_ratio" in given else {}
+    if given.keys() & {"drop_stages", "drop_at"}:
+        flags.setdefault("drop_blocks")  # not the file's
     model = detect.load_detector(argparse.Namespace(**(vars(settings) | flags)), checkpoint).to(device).eval()
     engine.seed_generators(device, args.seed)
     size = (settings.short_side[-1],) * 2
