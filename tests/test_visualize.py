@@ -377,6 +377,8 @@ def test_the_sheet(tmp_path, words):
     traced = visualize.trace(subject, data.Normalize()(images), ids, 0)
     columns = visualize.patch_columns(args, vit, images, traced)
     assert len(columns) == 1 + args.masked + words.get("drop_stages", 3)
+    footer, lines = (17 + 8, 3) if args.heatmap else (0, 2 if args.masked else 1)
+    assert picture.shape[1] == 34 + 8 + 3 * (128 + 8) + 8 + footer + 17 * (lines + 1)
     for b, row in enumerate(tiles_of(picture, vit, 3, len(columns))):
         for tile, column in zip(row, columns, strict=True):
             assert torch.equal(tile, column.images[b])
@@ -624,6 +626,12 @@ def test_a_detector_finds_the_same_here(detector, tmp_path, monkeypatch):
     with torch.no_grad():
         (expected,) = model([seen[0][0] / 255])
     assert torch.equal(seen[0][1]["boxes"], expected["boxes"])
+    checkpoint["config"] |= dict(drop_blocks=[1], drop_ratio=[0.5])
+    other = save(tmp_path / "other.pt", checkpoint)
+    run(tmp_path / "a.png", checkpoint=other, limit=1, drop_stages=1, score_threshold=0)  # after block 0, not block 1
+    assert torch.equal(seen[1][1]["boxes"], expected["boxes"])
+    run(tmp_path / "a.png", checkpoint=other, limit=1, score_threshold=0)
+    assert not torch.equal(seen[2][1]["boxes"], expected["boxes"])
 
 
 def test_detections_in_files_of_all_sizes(detector, tmp_path, capsys):
@@ -888,3 +896,14 @@ def test_errors_are_one_line_and_code_2(tmp_path):
     result = run_process([sys.executable, str(ROOT / "visualize.py"), "--device", "cpu"], cwd=tmp_path)
     assert result.returncode == 2 and result.stdout == ""
     assert re.fullmatch(r"error: there is no checkpoint runs.pretrain.last\.pt\n", result.stderr)
+
+
+@pytest.mark.parametrize("options, said", [({}, "--resume"), (dict(goodbye=""), "interrupted\n")])
+def test_an_interrupted_picture_is_not_to_be_resumed(monkeypatch, capsys, options, said):
+    def stop():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.signal, "signal", lambda *_: None)
+    with pytest.raises(SystemExit) as end:
+        engine.launch(stop, **options)
+    assert end.value.code == 130 and said in capsys.readouterr().err
