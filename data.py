@@ -90,10 +90,10 @@ def is_image_file(path: str) -> bool:
     return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
 
 
-def find_images(folder: Path) -> list[str]:
+def find_images(folder: Path, flag: str = "--data ") -> list[str]:
     """All image files below `folder`, sorted; linked folders are followed, each once. Raises UserError if none."""
     if not folder.is_dir():
-        raise UserError(f"--data {folder} is neither a folder nor one of: shapes, {', '.join(TORCHVISION_SETS)}")
+        raise UserError(f"{flag}{folder} is neither a folder nor one of: shapes, {', '.join(TORCHVISION_SETS)}")
     found, seen = [], set()
     for parent, children, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(parent)
@@ -104,7 +104,7 @@ def find_images(folder: Path) -> list[str]:
         children.sort()
         found += [path for name in files if is_image_file(path := os.path.join(parent, name))]
     if not found:
-        raise UserError(f"--data {folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"{flag}{folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
     return sorted(found)
 
 
@@ -573,9 +573,14 @@ def training_loader(
     )
 
 
+def evaluation_view(size: tuple[int, int]) -> CenterView:
+    """What features and classifiers are scored on: the centre of an image, 8/7 smaller (256 -> 224, as is usual)."""
+    return CenterView(size, margin=8 / 7)
+
+
 def evaluation_views(images: Dataset, size: tuple[int, int], channels: int) -> Views:
-    """What features and classifiers are scored on: the centre of each image, 8/7 smaller (256 -> 224, as is usual)."""
-    return Views(images, CenterView(size, margin=8 / 7), channels, replace=False)
+    """Each image as `evaluation_view` shows it, and a blank for an unreadable one."""
+    return Views(images, evaluation_view(size), channels, replace=False)
 
 
 def evaluation_loader(
@@ -652,8 +657,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         image, size = read_image(path), (info["height"], info["width"])
         if tuple(image.shape[-2:]) != size:
             raise UnreadableImage(f"{path}: {image.shape[-2]} x {image.shape[-1]} pixels, annotated as {size}")
-        if max(size) > 32 * min(size):
-            raise UnreadableImage(f"{path}: {size} is so thin that nothing would be left of it at a usual length")
+        refuse_thin(path, size)
         return image, self.target(info)
 
     def target(self, info: dict[str, Any]) -> Target:
@@ -673,6 +677,12 @@ class CocoDetection(torchvision.datasets.CocoDetection):
             raise UnreadableImage(f"{info['file_name']}: its masks do not fit {size} ({reason(error)})") from None
         labels = torch.tensor([self.labels[a["category_id"]] for a in found], dtype=torch.int64)
         return dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
+
+
+def refuse_thin(path: str | Path, size: tuple[int, int]) -> None:
+    """Raise UnreadableImage where a detector's resizing would leave nothing of an image of `size` (H, W)."""
+    if max(size) > 32 * min(size):
+        raise UnreadableImage(f"{path}: {size} is so thin that nothing would be left of it at a usual length")
 
 
 def tidy_annotations(content: dict[str, Any]) -> None:

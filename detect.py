@@ -396,6 +396,20 @@ class Detector(MaskRCNN):
         return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
 
+def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detector:
+    """The detector in a checkpoint of this script that `--eval` names, with PTR at the first drop ratio."""
+    encoder = build_encoder(args, checkpoint)
+    ptr = token_reduction(args, encoder, args.drop_ratio[0])
+    model = build_detector(args, encoder, len(checkpoint["categories"]), ptr, checkpoint["learned_positions"])
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        raise UserError(
+            f"{args.eval} does not fit the model (--channels?): {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return model
+
+
 def build_detector(
     args: argparse.Namespace, encoder: ViT, num_classes: int, ptr: PTR, learned_positions: bool
 ) -> Detector:
@@ -617,18 +631,11 @@ def write_results(path: str, results: dict[int, list[dict[str, Any]]]) -> None:
 
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World) -> None:
     """`--eval`: AP, work and speed of a detector at each drop ratio."""
-    encoder = build_encoder(args, checkpoint)
+    model = load_detector(args, checkpoint).to(world.device).eval()
+    encoder = model.backbone.encoder
     reductions = [token_reduction(args, encoder, ratio) for ratio in args.drop_ratio]
     (val,) = read_images(args, world, "val")
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
-    model = build_detector(args, encoder, len(val.categories), reductions[0], checkpoint["learned_positions"])
-    try:
-        model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
-        raise UserError(
-            f"--eval {args.eval} does not fit the model (--channels?): {str(error).splitlines()[-1].strip()}"
-        ) from None
-    model.to(world.device).eval()
     loader, unreadable = evaluation_loader(args, val, encoder.arguments["channels"], world), engine.Unreadable()
     found = []
     for model.backbone.ptr in reductions:

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks, token_counts
 
 MAX_SKIPPED_IN_A_ROW = 10
+RESUMABLE = "; the same command with --resume continues from the last checkpoint"
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
 # for what is drawn anew for each: drop path, MixUp, CutMix.
@@ -51,8 +52,8 @@ def reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def launch(main: Callable[[], None]) -> None:
-    """Run a script's `main`: a UserError ends as one line on stderr, Ctrl-C and SIGTERM as a short goodbye."""
+def launch(main: Callable[[], None], goodbye: str = RESUMABLE) -> None:
+    """Run a script's `main`: a UserError ends as one line on stderr, Ctrl-C and SIGTERM with a short `goodbye`."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both arrive as KeyboardInterrupt
     try:
         main()
@@ -60,7 +61,7 @@ def launch(main: Callable[[], None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume continues from the last checkpoint", file=sys.stderr)
+        print(f"\ninterrupted{goodbye}", file=sys.stderr)
         sys.exit(130)
     if dist.is_initialized():  # not after an error: the others may never come to say goodbye
         dist.destroy_process_group()
@@ -139,7 +140,7 @@ def add_optimisation_flags(
 def parse_arguments(
     parser: argparse.ArgumentParser, recipes: dict[str, dict[str, Any]], argv: list[str] | None = None
 ) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Parse with three layers, the later one wins: the parser's defaults, `--recipe`, the flags given.
+    """Parse with three layers, the later one wins: the parser's defaults, `--recipe` (if any), the flags given.
 
     Returns the arguments and the given ones alone: what a resumed run must agree with.
     """
@@ -147,7 +148,7 @@ def parse_arguments(
     unset = object()
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in parsed.items() if value is not unset}
-    recipe = recipes[given.get("recipe", defaults["recipe"])]
+    recipe = recipes[given.get("recipe", defaults["recipe"])] if recipes else {}
     return argparse.Namespace(**(defaults | recipe | given)), given
 
 
