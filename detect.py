@@ -622,6 +622,9 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: World)
     (val,) = read_images(args, world, "val")
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
     model = build_detector(args, encoder, len(val.categories), reductions[0], checkpoint["learned_positions"])
+    bad = [name for name, tensor in engine.named_tensors(checkpoint["model"]) if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"--eval {args.eval}: {bad[0]} holds NaN or infinity")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -698,6 +701,7 @@ def read_images(args: argparse.Namespace, world: World, *splits: str) -> list[Co
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
+    engine.check_agreement(vars(args), world)
     if args.eval is not None:
         return evaluate(args, checkpoint, world)
 
