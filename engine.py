@@ -36,6 +36,7 @@ from tqdm import tqdm
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks, token_counts
 
 MAX_SKIPPED_IN_A_ROW = 10
+MAX_WORKERS = 128  # of one process; a thousand would bring a machine to its knees
 PATIENCE = timedelta(minutes=30)  # of a process with the others, which wait while one scores and saves
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
@@ -72,11 +73,21 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "DataLoader worker (pid"))
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was asked for and not there, of the machine or of its accelerator."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def launch(main: Callable[[], None]) -> None:
     """Run a script's `main`; mistakes, interruptions and lost processes end it with one line on stderr.
 
-    The exit code is 2 after a UserError, 1 where another process is lost, 130 after Ctrl-C and 143 after SIGTERM.
+    The exit code is 130 after Ctrl-C, 143 after SIGTERM, 1 where another process is lost, and 2 after a UserError or
+    where a file, a folder or the memory is not as it should be. Anything else is a mistake of ours, with a traceback.
     """
+
+    def fail(code: int, text: str) -> NoReturn:
+        print(printable(f"error: {text}"), file=sys.stderr)
+        sys.exit(code)
 
     def terminate(number: int, frame: Any) -> None:
         raise KeyboardInterrupt(number)
@@ -86,19 +97,19 @@ def launch(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding lacks
     try:
         main()
-    except UserError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        sys.exit(2)
+    except (UserError, OSError) as error:
+        fail(2, str(error))
     except KeyboardInterrupt as interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
             signal.signal(number, signal.SIG_DFL)
         print("interrupted", file=sys.stderr)
         sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
-    except RuntimeError as error:
-        if not is_lost(error):
-            raise
-        print(f"error: another process of this run is gone or does not answer ({reason(error)})", file=sys.stderr)
-        sys.exit(1)
+    except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            fail(1, f"another process of this run is gone or does not answer ({reason(error)})")
+        if is_out_of_memory(error):
+            fail(2, f"out of memory: lower --micro-batch, or make images or model smaller ({reason(error)})")
+        raise
     if dist.is_initialized():  # not after an error: the others may never come to say goodbye
         dist.destroy_process_group()
 
@@ -250,6 +261,7 @@ def check_values(
     ]
     checks += [
         ("seed", args.seed < 2**32, "below 2^32"),
+        ("workers", args.workers is None or args.workers <= MAX_WORKERS, f"at most {MAX_WORKERS}"),
         ("warmup_epochs", 0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs = {args.epochs})"),
         ("drop_path", 0 <= args.drop_path < 1, "in [0, 1)"),
     ]
@@ -859,6 +871,8 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
             out.rename(aside)
             print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", "metrics.jsonl", "last.pt", "best.pt"):
+            temporary_name(out / name).unlink(missing_ok=True)  # of a run that was killed while it wrote
     except (OSError, ValueError) as error:  # ValueError: "." has no name to add a number to
         raise UserError(f"--out {out} cannot be written ({reason(error)})") from None
     replace_file(out / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
@@ -874,12 +888,17 @@ def take_best(source: Path, path: Path, history: list[dict[str, Any]], best: str
             save_checkpoint(path, content)
 
 
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it is whole: beside it, also where a name is empty, and cannot be replaced."""
+    return path.parent / (path.name + ".tmp")
+
+
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Write a file whole or not at all: to a temporary one beside it, flushed to disk, then renamed.
 
     Raises UserError where the disk is full or the folder not writable; what was there before is unharmed.
     """
-    temporary = path.parent / (path.name + ".tmp")  # also where a name is empty, and cannot be replaced
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
