@@ -905,7 +905,9 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind RuntimeErrors of its own
+        while isinstance(error, RuntimeError) and error.__context__:
+            error = error.__context__
         raise UserError(f"cannot write {path} ({reason(error)}); an earlier version of it is unharmed") from None
     finally:
         with contextlib.suppress(OSError):
@@ -918,8 +920,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    """metrics.jsonl: one JSON object per epoch."""
-    replace_file(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    """metrics.jsonl: one JSON object per epoch. JSON has no NaN or infinity: null stands for them."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [json.dumps({name: plain(value) for name, value in row.items()}) + "\n" for row in rows]
+    replace_file(path, lambda file: file.write("".join(lines).encode()))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@
     python tests/kill.py --kills 100 --seed 7   more of each
 
 A kill is SIGKILL, which no process can prepare for, sent to the script run by its command line. After each, the
-checkpoint must load; then the script goes on from it with --resume. `tests/test_faults.py` does the same with few kills.
+checkpoint must load; then the script goes on from it with --resume. `tests/test_faults.py` does this with few kills.
 """
 
 import argparse
