@@ -506,4 +506,4 @@ def write_files(args: argparse.Namespace, header: str, tables: dict[str, Table])
 
 
 if __name__ == "__main__":
-    engine.launch(main, goodbye="")
+    engine.launch(main)

@@ -31,11 +31,13 @@ from torchvision.io import ImageReadMode, decode_jpeg, read_file
 from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
+from tqdm import tqdm
 
-from engine import UserError, add_flag, derive_seed, generator, reason
+from engine import UserError, add_flag, derive_seed, generator, printable, reason
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+SHAPES_BYTES = 2**34  # all images of `shapes` together at most: they are kept in memory
 SHAPES_LENGTH = 10_000  # training images of the built-in data, unless --limit says otherwise
 TORCHVISION_SETS = ("cifar10", "cifar100", "stl10")
 
@@ -69,8 +71,7 @@ def read_image(path: str | Path) -> Tensor:
                     pass  # rare encodings, or broken: Pillow knows
             return tvf.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
     except DECODING_ERRORS as error:
-        printable = f"{path}: {error}".encode(errors="backslashreplace").decode()  # names may hold any bytes
-        raise UnreadableImage(printable) from None
+        raise UnreadableImage(printable(f"{path}: {error}")) from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -94,17 +95,27 @@ def find_images(folder: Path, flag: str = "--data ") -> list[str]:
     """All image files below `folder`, sorted; linked folders are followed, each once. Raises UserError if none."""
     if not folder.is_dir():
         raise UserError(f"{flag}{folder} is neither a folder nor one of: shapes, {', '.join(TORCHVISION_SETS)}")
-    found, seen = [], set()
-    for parent, children, files in os.walk(folder, followlinks=True):
+    found = walk_images(folder, set())
+    if not found:
+        raise UserError(f"{flag}{folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
+    return found
+
+
+def walk_images(folder: str | Path, seen: set[str]) -> list[str]:
+    """All image files below `folder`, sorted; folders in `seen`, which grows, are not entered: links may loop."""
+
+    def warn(error: OSError) -> None:
+        tqdm.write(f"skipped an unreadable folder: {printable(str(error))}")
+
+    found = []
+    for parent, children, files in os.walk(folder, followlinks=True, onerror=warn):
         real = os.path.realpath(parent)
         if real in seen:
-            children.clear()  # a link that loops
+            children.clear()
             continue
         seen.add(real)
         children.sort()
         found += [path for name in files if is_image_file(path := os.path.join(parent, name))]
-    if not found:
-        raise UserError(f"{flag}{folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
     return sorted(found)
 
 
@@ -142,6 +153,19 @@ class ClassFolders(ImageFolder):
         if unknown:
             raise UserError(f"--data: {directory} has classes that the training images lack: {', '.join(unknown[:5])}")
         return list(self.expected), self.expected
+
+    def make_dataset(
+        self, directory: str | Path, class_to_idx: dict[str, int], allow_empty: bool = False, **options: Any
+    ) -> list[tuple[str, int]]:
+        """As torchvision's, but a link that loops is followed once, and none leads from a class to all classes."""
+        files = {}
+        for name in sorted(class_to_idx):
+            folder = os.path.join(directory, name)
+            files[name] = walk_images(folder, {os.path.realpath(directory)}) if os.path.isdir(folder) else []
+        empty = [name for name in files if not files[name]]
+        if empty and not allow_empty:
+            raise FileNotFoundError(f"there are no images in the folders {', '.join(empty)}")
+        return [(path, class_to_idx[name]) for name in files for path in files[name]]
 
 
 # --- built-in shapes --------------------------------------------------------------------------------------------------
@@ -214,6 +238,11 @@ class Shapes(Dataset):
     def __init__(self, split: str, length: int, image_size: tuple[int, int]):
         if not 0 < length <= 1_000_000:
             raise UserError(f"--limit {length} must be between 1 and a million shapes: they are kept in memory")
+        if length * 3 * math.prod(image_size) > SHAPES_BYTES:
+            raise UserError(
+                f"{length:,} shapes of {image_size[0]} x {image_size[1]} pixels are too many to keep in memory: lower "
+                "--limit or --image-size"
+            )
         chunks = [range(i, min(i + 500, length)) for i in range(0, length, 500)]
         drawn = [draw_shapes(split, chunk, image_size) for chunk in chunks]
         self.images = torch.cat([images for images, _, _ in drawn])
@@ -331,9 +360,15 @@ def unlabelled_images(name: str, root: Path, download: bool, limit: int | None, 
     else:
         folder = Path(name)
         images = ImageFiles(folder / "train" if (folder / "train").is_dir() else folder)
+    chosen = at_most(images, limit)
+    check_limit(limit, chosen)
+    return chosen
+
+
+def check_limit(limit: int | None, images: Dataset) -> None:
+    """Raise UserError where `--limit` asked for more than these images, which are what it left."""
     if limit is not None and not 0 < limit <= len(images):
         raise UserError(f"--limit {limit} must be between 1 and the {len(images)} images there are")
-    return at_most(images, limit)
 
 
 def labelled_images(

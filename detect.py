@@ -401,6 +401,9 @@ def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detec
     encoder = build_encoder(args, checkpoint)
     ptr = token_reduction(args, encoder, args.drop_ratio[0])
     model = build_detector(args, encoder, len(checkpoint["categories"]), ptr, checkpoint["learned_positions"])
+    bad = [name for name, tensor in engine.named_tensors(checkpoint["model"]) if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(f"{args.eval}: {bad[0]} holds NaN or infinity")
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
@@ -705,6 +708,7 @@ def read_images(args: argparse.Namespace, world: World, *splits: str) -> list[Co
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
+    engine.check_agreement(vars(args), world)
     if args.eval is not None:
         return evaluate(args, checkpoint, world)
 

@@ -4,22 +4,26 @@ import argparse
 import contextlib
 import copy
 import hashlib
+import io
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
 import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -33,7 +37,8 @@ from tqdm import tqdm
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks, token_counts
 
 MAX_SKIPPED_IN_A_ROW = 10
-RESUMABLE = "; the same command with --resume continues from the last checkpoint"
+MAX_WORKERS = 128  # of one process; a thousand would bring a machine to its knees
+PATIENCE = timedelta(minutes=30)  # of a process with the others, which wait while one scores and saves
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
 # for what is drawn anew for each: drop path, MixUp, CutMix.
@@ -41,6 +46,13 @@ FREE = (
     "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
     "per_class", "results",
 )  # fmt: skip
+
+# What a resumed run never takes from its checkpoint, which may be a stranger's: what else to do, and files to write.
+OWN = ("resume", "dry_run", "download", "eval", "knn", "export", "results")
+
+
+# What may differ between the processes of a run: they may be on several machines.
+LOCAL = ("data_root", "workers", "device", "out", "resume", "results")
 
 
 class UserError(Exception):
@@ -52,27 +64,86 @@ def reason(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def launch(main: Callable[[], None], goodbye: str = RESUMABLE) -> None:
-    """Run a script's `main`: a UserError ends as one line on stderr, Ctrl-C and SIGTERM with a short `goodbye`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both arrive as KeyboardInterrupt
+def printable(text: str) -> str:
+    """Text as one line that any terminal can show: what is not printable is escaped. File names may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone or does not answer: a rank, or one of a loader."""
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "DataLoader worker (pid"))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was asked for and not there, of the machine or of its accelerator."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def launch(main: Callable[[], None]) -> None:
+    """Run a script's `main`; mistakes, interruptions and lost processes end it with one line on stderr.
+
+    The exit code is 130 after Ctrl-C, 143 after SIGTERM, 1 where another process is lost, and 2 after a UserError or
+    where a file, a folder or the memory is not as it should be. Anything else is a mistake of ours, with a traceback.
+    """
+
+    def fail(code: int, text: str) -> NoReturn:
+        print(printable(f"error: {text}"), file=sys.stderr)
+        sys.exit(code)
+
+    def terminate(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt(number)
+
+    signal.signal(signal.SIGTERM, terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding lacks
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted{goodbye}", file=sys.stderr)
-        sys.exit(130)
+    except (UserError, OSError) as error:
+        fail(2, str(error))
+    except KeyboardInterrupt as interrupt:
+        for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
+            signal.signal(number, signal.SIG_DFL)
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
+    except (RuntimeError, MemoryError) as error:
+        if is_lost(error):
+            fail(1, f"another process of this run is gone or does not answer ({reason(error)})")
+        if is_out_of_memory(error):
+            fail(2, f"out of memory: lower --micro-batch, or make images or model smaller ({reason(error)})")
+        raise
     if dist.is_initialized():  # not after an error: the others may never come to say goodbye
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def resumable(args: argparse.Namespace, world: "World") -> Iterator[None]:
+    """Where the training in the block is interrupted, or another process lost, say how to continue it."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        lost, last = is_lost(error), Path(args.out) / "last.pt"
+        speaks = lost or (world.is_main and isinstance(error, KeyboardInterrupt))
+        if speaks and not args.dry_run and last.exists():
+            processes = os.environ.get("LOCAL_WORLD_SIZE")
+            start = f"torchrun --nproc-per-node {processes}" if processes else "python"
+            command = f"{start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(last))}"
+            print(f"\nto continue from the last checkpoint: {command}", file=sys.stderr)
+        raise
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
+class FlagParser(argparse.ArgumentParser):
+    """argparse's, with mistakes in one line: the usage of so many flags would hide it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {printable(message)} (--help shows all flags)\n")
+
+
 def flag_parser(description: str) -> argparse.ArgumentParser:
     """A parser that shows a script's docstring as it is and takes no abbreviated flags."""
-    return argparse.ArgumentParser(
+    return FlagParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
 
@@ -164,12 +235,13 @@ def resume_settings(
         return args, None
     path = Path(args.resume or Path(args.out) / "last.pt")
     checkpoint = load_checkpoint(path)
-    needed = {"config", "history", "num_images", "epoch", "optimizer"}
-    if checkpoint.get("method") not in methods or not needed <= checkpoint.keys():
+    needed = dict(config=dict, history=list, num_images=int, epoch=int, optimizer=dict)
+    whole = all(isinstance(checkpoint.get(name), kind) for name, kind in needed.items())
+    if checkpoint.get("method") not in list(methods) or not whole:
         raise UserError(
             f"{path} is not a checkpoint of this script that can be continued (method {' or '.join(methods)}, last.pt)"
         )
-    saved = checkpoint["config"]
+    saved = {name: value for name, value in checkpoint["config"].items() if name not in OWN}
     check_settings(saved, {name: value for name, value in given.items() if name not in FREE}, path)
     return argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | given)), checkpoint
 
@@ -193,6 +265,7 @@ def check_values(
     ]
     checks += [
         ("seed", args.seed < 2**32, "below 2^32"),
+        ("workers", args.workers is None or args.workers <= MAX_WORKERS, f"at most {MAX_WORKERS}"),
         ("warmup_epochs", 0 <= args.warmup_epochs < args.epochs, f"in [0, --epochs = {args.epochs})"),
         ("drop_path", 0 <= args.drop_path < 1, "in [0, 1)"),
     ]
@@ -241,8 +314,20 @@ def start_world(device: str) -> World:
         raise UserError(f"--device {device} cannot be used here ({reason(error)})") from None
     if "RANK" in os.environ:
         backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))  # the others wait while one scores and saves
+        dist.init_process_group(backend, timeout=PATIENCE)
     return World(rank, max(size, 1), chosen, local_rank)
+
+
+def check_agreement(values: dict[str, Any], world: World) -> None:
+    """Raise UserError, in all processes, where `values` differ, but for those of LOCAL; the error names each."""
+    if world.size > 1:
+        every: list[dict[str, Any]] = [{}] * world.size
+        dist.all_gather_object(every, {name: value for name, value in values.items() if name not in LOCAL})
+        for rank, others in enumerate(every):
+            differing = [name for name in every[0] if others.get(name) != every[0][name]]
+            if differing:
+                text = ", ".join(f"{name} is {every[0][name]} and {others.get(name)}" for name in differing)
+                raise UserError(f"process 0 and process {rank} were started differently: {text}")
 
 
 @contextlib.contextmanager
@@ -507,6 +592,15 @@ class Trainer:
                 "--lr, or use --precision fp32. The last checkpoint is from before"
             )
 
+    def check_finite(self) -> None:
+        """Raise UserError where a step of finite gradients has led to weights that are not: none of it is saved."""
+        bad = [name for name, tensor in named_tensors(self.state()) if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(
+                f"{bad[0]} is no longer finite (step {self.step}): lower --blr or --lr. The last checkpoint is from "
+                "before"
+            )
+
     def train_epoch(self, epoch: int, steps: int) -> dict[str, Any]:
         """`steps` steps of epoch number `epoch` (from 0); returns the row for metrics.jsonl."""
         self.model.train()
@@ -521,6 +615,8 @@ class Trainer:
         if self.ddp is not None:  # BatchNorm's statistics are the first one's: what is saved is what is scored
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
+            self.unreadable.files |= set(gather_lists(sorted(self.unreadable.files)) or ())  # the first one reports
+        self.check_finite()
         good = [row for row in rows if all(map(math.isfinite, row.values()))]
         mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
         row = dict(epoch=epoch + 1, step=self.step, loss=mean.pop("loss"), **self.schedule(self.step - 1), **mean)
@@ -568,18 +664,28 @@ class Trainer:
             step=self.step,
             skipped=self.skipped,
             skipped_in_a_row=self.skipped_in_a_row,
+            unreadable=sorted(self.unreadable.files),
         )
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` returned. Raises UserError where it does not fit."""
+        """Take over what `state` returned. Raises UserError where it does not fit, or is not finite."""
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.skipped = state["step"], state["skipped"]
-            self.skipped_in_a_row = state["skipped_in_a_row"]
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"the checkpoint does not fit this version of the model ({error})") from None
+            for parameter, moments in self.optimizer.state.items():
+                for name, value in moments.items():
+                    if name != "step" and value is not None and value.shape != parameter.shape:
+                        raise ValueError(f"{name} is {tuple(value.shape)} there, {tuple(parameter.shape)} here")
+            self.step, self.skipped = int(state["step"]), int(state["skipped"])
+            self.skipped_in_a_row = int(state["skipped_in_a_row"])
+            self.unreadable.files = set(state.get("unreadable", ()))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            detail = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch lists, the last is enough
+            raise UserError(f"the checkpoint does not fit this version of the model ({detail})") from None
+        bad = [name for name, tensor in named_tensors(self.state()) if not tensor.isfinite().all()]
+        if bad:
+            raise UserError(f"the checkpoint holds NaN or infinity ({bad[0]}): go back to an earlier one")
 
 
 def fit(
@@ -599,6 +705,7 @@ def fit(
     """
     args, world = trainer.args, trainer.world
     epoch, history = 0, []
+    check_agreement(dict(num_images=run["num_images"], epoch=(checkpoint or {}).get("epoch")), world)
     if checkpoint is not None:
         if checkpoint["num_images"] != run["num_images"]:
             raise UserError(
@@ -608,7 +715,8 @@ def fit(
         epoch, history = checkpoint["epoch"], checkpoint["history"]
 
     announcement = announce()  # by all processes: it times their steps
-    with tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out) as folder:
+    temporary = tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out)
+    with resumable(args, world), temporary as folder:
         if world.is_main:
             out = prepare_folder(args, Path(folder))
             print(announcement)
@@ -629,6 +737,8 @@ def fit(
                 save()  # --resume works from the first moment
         elif world.is_main:
             write_log(out / "metrics.jsonl", history)
+            if best:
+                take_best(Path(args.resume or out / "last.pt").with_name("best.pt"), out / "best.pt", history, best)
 
         steps, last = trainer.steps_per_epoch, args.epochs
         if args.dry_run:
@@ -779,10 +889,26 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
             out.rename(aside)
             print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
         out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        for name in ("args.json", "metrics.jsonl", "last.pt", "best.pt"):
+            temporary_name(out / name).unlink(missing_ok=True)  # of a run that was killed while it wrote
     except (OSError, ValueError) as error:  # ValueError: "." has no name to add a number to
         raise UserError(f"--out {out} cannot be written ({reason(error)})") from None
+    replace_file(out / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
     return out
+
+
+def take_best(source: Path, path: Path, history: list[dict[str, Any]], best: str) -> None:
+    """A run continued in another folder needs the best epoch so far there, too, if that is what `source` holds."""
+    if source.is_file() and not path.exists():
+        content = load_checkpoint(source)
+        scores = {row["epoch"]: row[best] for row in history if math.isfinite(row[best])}
+        if scores and scores.get(content.get("epoch")) == max(scores.values()):
+            save_checkpoint(path, content)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it is whole: beside it, also where a name is empty, and cannot be replaced."""
+    return path.parent / (path.name + ".tmp")
 
 
 def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -790,14 +916,16 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
     Raises UserError where the disk is full or the folder not writable; what was there before is unharmed.
     """
-    temporary = path.parent / (path.name + ".tmp")  # also where a name is empty, and cannot be replaced
+    temporary = temporary_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError when the disk is full
+    except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind RuntimeErrors of its own
+        while isinstance(error, RuntimeError) and error.__context__:
+            error = error.__context__
         raise UserError(f"cannot write {path} ({reason(error)}); an earlier version of it is unharmed") from None
     finally:
         with contextlib.suppress(OSError):
@@ -810,8 +938,13 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_log(path: Path, rows: list[dict[str, Any]]) -> None:
-    """metrics.jsonl: one JSON object per epoch."""
-    replace_file(path, lambda file: file.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    """metrics.jsonl: one JSON object per epoch. JSON has no NaN or infinity: null stands for them."""
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    lines = [json.dumps({name: plain(value) for name, value in row.items()}) + "\n" for row in rows]
+    replace_file(path, lambda file: file.write("".join(lines).encode()))
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -825,8 +958,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         if path.suffix == ".safetensors":
             return read_safetensors(path)
+        check_container(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+        check_tensors(content, path)
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not loaded: it is no checkpoint, or holds more than tensors and values") from None
     except Exception as error:  # on damaged files torch's unpickler raises nearly every kind
@@ -834,6 +969,47 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def check_container(path: Path) -> None:
+    """Raise ValueError for a file that would grow when read: a few kilobytes can ask for all of the memory.
+
+    torch compresses nothing, so the parts of its zip files are no larger than the file. And of all that its safe reader
+    may call, `bytearray` is the one that fills memory by a number alone.
+    """
+    with open(path, "rb") as file:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                    raise ValueError("its parts claim to be larger than the file")
+        elif not path.stat().st_size:
+            raise ValueError("it is empty")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"bytearray\n") >= 0:
+                raise ValueError("it holds a bytearray, which no checkpoint needs")
+
+
+def check_tensors(content: Any, path: Path) -> None:
+    """Raise ValueError for tensors without all of their numbers in the file: a copy of one could fill the memory."""
+    storages = {}
+    for name, tensor in named_tensors(content):
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized:
+            raise ValueError(f"{name} is not a plain tensor")
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        if tensor.numel() * tensor.element_size() > storage.nbytes():
+            raise ValueError(f"{name} claims {tuple(tensor.shape)}, more numbers than the file has for it")
+    if sum(storages.values()) > path.stat().st_size:
+        raise ValueError("its tensors claim to be larger than the file")
+
+
+def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """All tensors at any depth of dicts and lists, by where they are: student.blocks.0.norm1.weight, ..."""
+    if isinstance(content, Tensor):
+        yield name, content
+    elif isinstance(content, dict | list | tuple):
+        for key, value in content.items() if isinstance(content, dict) else enumerate(content):
+            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -844,6 +1020,9 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
+    spans = [entry["data_offsets"] for entry in header.values()]
+    if any(first < 0 or last < first for first, last in spans) or sum(b - a for a, b in spans) > len(content):
+        raise ValueError("its tensors claim to be larger than the file")
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]

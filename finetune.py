@@ -175,6 +175,7 @@ def read_images(args: argparse.Namespace, size: tuple[int, int], world: World) -
     with engine.one_at_first(world, needed=args.download):
         limits = args.limit, None
         train, val = data.labelled_images(args.data, Path(args.data_root), args.download, size, limits)
+    data.check_limit(args.limit, train)
     if args.label_fraction is not None or args.labels_per_class is not None:
         train = data.few_labels(train, args.label_fraction, args.labels_per_class, args.seed)
     if len(data.classes_of(train)) < 2:
@@ -308,6 +309,7 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
         numbers = names and {name: i for i, name in enumerate(names)}
         root, size = Path(args.data_root), encoder.image_size
         val = data.validation_images(args.data, root, args.download, size, args.limit, numbers)
+    data.check_limit(args.limit, val)
     found = data.classes_of(val)
     if found != (names or found) or len(found) != model.head.out_features:
         raise UserError(
@@ -445,6 +447,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.export is not None:
         return export(args)
     world = engine.start_world(args.device)
+    engine.check_agreement(vars(args), world)
     if args.eval is not None:
         return evaluate(args, given, world)
 

@@ -30,6 +30,8 @@ MODELS = {
 }
 
 
+MAX_PATCHES, MAX_DEPTH, MAX_PARAMETERS = 2**18, 1000, 10**10  # beyond all that was ever trained
+
 # --- parts of a transformer -------------------------------------------------------------------------------------------
 
 
@@ -42,6 +44,30 @@ def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
             "(--patch-size)"
         )
     return height // patch_size, width // patch_size
+
+
+def num_parameters(
+    image_size: tuple[int, int],
+    patch_size: int,
+    *,
+    channels: int = 3,
+    dim: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float = 4.0,
+) -> int:
+    """How many numbers a ViT with these arguments has in its matrices, positions and patch projection, at least."""
+    blocks = depth * (4 + 2 * mlp_ratio) * dim**2
+    return int(blocks + dim * (math.prod(grid_size(image_size, patch_size)) + channels * patch_size**2))
+
+
+def check_size(numbers: int, depth: int, num_patches: int, flags: str) -> None:
+    """Raise ValueError for a network that no machine could hold: a slip of the finger, or a file that lies."""
+    if num_patches > MAX_PATCHES or depth > MAX_DEPTH or numbers > MAX_PARAMETERS:
+        raise ValueError(
+            f"a transformer of {numbers // 10**6:,} million numbers in {depth:,} blocks, on {num_patches:,} patches, "
+            f"is larger than any ({flags}, --image-size, --patch-size)"
+        )
 
 
 def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -163,6 +189,7 @@ class ViT(nn.Module):
         self.image_size = tuple(image_size)
         self.grid = grid_size(image_size, patch_size)
         self.num_patches = math.prod(self.grid)
+        check_size(num_parameters(**self.arguments), depth, self.num_patches, "--dim, --depth")
         self.dim = dim
         self.patch_embed = PatchEmbed(patch_size, channels, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
@@ -231,6 +258,7 @@ class Decoder(nn.Module):
             raise ValueError(
                 f"decoder width {dim} (--decoder-dim) is not a multiple of its heads {heads} (--decoder-heads)"
             )
+        check_size(12 * depth * dim**2, depth, math.prod(grid), "--decoder-dim, --decoder-depth")
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid), requires_grad=False)
@@ -511,6 +539,9 @@ def load_encoder(
         arguments = infer_arguments(tensors, heads, image_size)
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # its ViT-S has twice the usual number
+    present = sum(tensor.numel() for tensor in tensors.values())
+    if num_parameters(**arguments) > 2 * present:  # before memory is asked for
+        raise ValueError(f"its weights are {present:,} numbers, much less than the ViT has that it says it is")
     encoder = ViT(**(arguments | dict(image_size=image_size or arguments["image_size"])), drop_path=drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
     expected = 1, 1 + math.prod(old_grid), encoder.dim

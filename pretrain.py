@@ -273,6 +273,7 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
 def main(argv: list[str] | None = None) -> None:
     args, checkpoint = read_settings(argv)
     world = engine.start_world(args.device)
+    engine.check_agreement(vars(args), world)
 
     # 1. Model and data. Whatever is wrong with the settings is found out here, before the first step.
     micro_batch, accumulate = engine.batch_sizes(args, world)

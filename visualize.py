@@ -649,4 +649,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    engine.launch(main, goodbye="")
+    engine.launch(main)

@@ -3,3 +3,7 @@
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="the long versions of the tests of faults and command lines")

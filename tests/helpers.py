@@ -1,9 +1,11 @@
 """What the tests of the scripts share: calling them, looking at what they leave behind, getting in their way."""
 
+import contextlib
 import functools
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +154,41 @@ def interrupt(monkeypatch, owner, name, calls):
             raise KeyboardInterrupt
 
     wrap(monkeypatch, owner, name, before=stop)
+
+
+class TooLong(BaseException):
+    """What no `except` for errors catches."""
+
+
+@contextlib.contextmanager
+def limits(seconds, size):
+    """Stop what takes long, or asks for more bytes of memory, by an error in the allocator; where the system can.
+
+    Signal handlers that were set within are put back.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        yield
+        return
+
+    def late(number, frame):
+        raise TooLong(f"still running after {seconds} seconds")
+
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    with contextlib.suppress(OSError), open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + size, before[1]))
+    signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def write_images(folder, count=16, size=(24, 20)):

@@ -118,7 +118,7 @@ def test_run_folder_and_checkpoints(finished):
     last, best = (torch.load(finished / name, weights_only=True) for name in ("last.pt", "best.pt"))
     assert last.keys() == {
         "method", "config", "encoder", "pool", "classes", "num_images", "epoch", "history", "model", "optimizer",
-        "step", "skipped", "skipped_in_a_row",
+        "step", "skipped", "skipped_in_a_row", "unreadable",
     }  # fmt: skip
     assert last.keys() - best.keys() == {"optimizer"}
     assert (last["method"], last["epoch"], last["step"], last["num_images"]) == ("finetune", 2, 8, 64)
