@@ -65,8 +65,9 @@ def read_image(path: str | Path) -> Tensor:
     try:
         with Image.open(path) as image:
             if image.format == "JPEG":
+                has_exif = "exif" in image.info  # to look for it costs torchvision a tenth of the time
                 try:
-                    return decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=True)
+                    return decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=has_exif)
                 except RuntimeError:
                     pass  # rare encodings, or broken: Pillow knows
             return tvf.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))

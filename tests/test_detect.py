@@ -1228,7 +1228,8 @@ if __name__ == "__main__":
     gather_lists = engine.gather_lists
 
     def report(items):
-        sys.stdout.write(f"scored{json.dumps([image_id for image_id, _ in items])}\n")
+        if items:  # else the files that could not be read, which there are none of
+            sys.stdout.write(f"scored{json.dumps([image_id for image_id, _ in items])}\n")
         return gather_lists(items)
 
     engine.gather_lists = report
