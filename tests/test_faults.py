@@ -653,6 +653,7 @@ def test_files_and_folders_without_permission(monkeypatch, tmp_path, capsys, fin
     assert re.search(r"skipped an unreadable folder: .*Permission denied.*images/private", text)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_images_are_images_or_unreadable(tmp_path, pytestconfig):
     """Bytes overwritten, cut out and repeated, in files of seven kinds."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
