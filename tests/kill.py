@@ -54,9 +54,15 @@ def wait_for(condition, process, what):
         time.sleep(0.0005)
 
 
+def half_written(out):
+    """The files that were being written when a run was killed, and when that was."""
+    return {(path.name, path.stat().st_mtime_ns) for path in out.glob("*.tmp")}
+
+
 def kill_once(words, out, moment, draw):
     """Start a script and kill it at a moment; whether it was writing then."""
     done = len(log(out)) if (out / "metrics.jsonl").exists() else -1  # epochs
+    before = half_written(out)
     pipe = subprocess.PIPE
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_DISK, *words], env=ENVIRONMENT, stdout=pipe, stderr=pipe, text=True
@@ -73,7 +79,7 @@ def kill_once(words, out, moment, draw):
                 time.sleep(draw.uniform(0, 0.1))
         assert process.poll() is None, f"it ended before it was killed: {process.stderr.read()}"
         process.kill()
-    return any(out.glob("*.tmp"))
+    return bool(half_written(out) - before)
 
 
 def kill_and_resume(script, folder, kills, seed):

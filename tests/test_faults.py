@@ -137,7 +137,8 @@ def assert_whole(out):
 
 @contextlib.contextmanager
 def as_nobody():
-    """Without root's right to open everything, where these tests have it. Only for relative paths."""
+    """Without root's right to open everything, where these tests have it. Only for relative paths,
+    and after a run (`finished`): python itself may be where nobody can import from."""
     is_root = os.geteuid() == 0
     if is_root:
         os.seteuid(65534)
@@ -278,7 +279,7 @@ def test_a_full_disk(monkeypatch, tmp_path, capsys, script):
 
 
 @POSIX
-def test_a_folder_that_becomes_read_only(monkeypatch, tmp_path, capsys):
+def test_a_folder_that_becomes_read_only(monkeypatch, tmp_path, capsys, finished):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o777)
     out = Path("run")
@@ -428,7 +429,8 @@ def test_hostile_checkpoints(finished, tmp_path, capsys, script, flag, made_by, 
             code, lines = end_of(capsys, script, words)
         assert code == 2 and len(lines) == 1, (name, code, lines)
         assert "a.pt" in lines[0] or "checkpoint" in lines[0], (name, lines)
-        assert "out of memory" not in lines[0] and "allocate" not in lines[0], (name, lines)
+        assert not re.search("memory|allocate|MemoryError", lines[0]), (name, lines)
+        assert name not in ("NaN", "infinity") or "NaN or infinity" in lines[0], (name, lines)
         assert not canary.exists(), f"{name}: code was run"
         assert os.listdir(path.parent) == ["a.pt"], f"{name}: something was written"
         path.rmdir() if path.is_dir() else path.unlink()
@@ -447,7 +449,7 @@ def test_the_canary_sings(finished, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [dict(dim=4 * 10**5, heads=4), dict(depth=10**8), dict(image_size=(4 * 10**6,) * 2), dict(mlp_ratio=1e9)],
+    [dict(dim=4 * 10**5), dict(dim=8000), dict(depth=10**8), dict(image_size=(4 * 10**6,) * 2), dict(mlp_ratio=1e9)],
     ids=str,
 )
 @pytest.mark.parametrize("script, flag", [("finetune", "--init"), ("detect", "--init"), ("finetune", "--eval")])
@@ -459,17 +461,32 @@ def test_a_model_that_is_said_to_be_enormous(finished, tmp_path, capsys, script,
     assert code == 2 and len(lines) == 1 and "a.pt: " in lines[0] and "memory" not in lines[0], lines
 
 
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(depth=10**8), "larger than any"), (dict(dim=4 * 10**7), "larger than any"),
+        (dict(image_size=4 * 10**4, limit=1), "larger than any"), (dict(decoder_depth=10**8), "larger than any"),
+        (dict(decoder_dim=4 * 10**7), "larger than any"), (dict(image_size=2000, limit=10000), "keep in memory"),
+        (dict(workers=1000), "--workers must be at most"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_slips_of_the_finger(tmp_path, changes, message):
+    with limits(seconds=20, size=2**29), pytest.raises(UserError, match=message):
+        train("pretrain", tmp_path / "run", **changes)
+
+
 def hostile_safetensors(name):
     """A file of the format whose header lies."""
-    entry = dict(dtype="F32", shape=[1000], data_offsets=[0, 4000])
+    entry = dict(dtype="F32", shape=[10**5], data_offsets=[0, 4 * 10**5])
     header = {"a": entry}
     length = None
     if name == "longer than the file":
         length = 2**62
     elif name == "larger than the file":
         header["a"] = dict(dtype="F32", shape=[2**40], data_offsets=[0, 2**42])
-    elif name == "the same numbers a million times":
-        header = {f"{i}": entry for i in range(20000)}
+    elif name == "the same numbers many times":
+        header = {f"{i}": entry for i in range(2000)}
     elif name == "negative":
         header |= {"b": dict(dtype="F32", shape=[1000], data_offsets=[-(10**9), -(10**9) + 4000])}
     elif name == "deep":
@@ -477,18 +494,19 @@ def hostile_safetensors(name):
     elif name == "no header":
         header = [1, 2]
     text = json.dumps(header).encode()
-    return (length or len(text)).to_bytes(8, "little") + text + bytes(4000)
+    return (length or len(text)).to_bytes(8, "little") + text + bytes(4 * 10**5)
 
 
 @pytest.mark.parametrize(
-    "name", ["longer than the file", "larger than the file", "the same numbers a million times", "negative", "deep",
+    "name", ["longer than the file", "larger than the file", "the same numbers many times", "negative", "deep",
              "no header"],
 )  # fmt: skip
 def test_hostile_safetensors(tmp_path, name):
     path = tmp_path / "a.safetensors"
     path.write_bytes(hostile_safetensors(name))
-    with limits(seconds=20, size=2**27), pytest.raises(UserError, match="a.safetensors is damaged"):
+    with limits(seconds=20, size=2**27), pytest.raises(UserError, match="a.safetensors is damaged") as error:
         engine.load_checkpoint(path)
+    assert "MemoryError" not in str(error.value)
 
 
 def test_a_resumed_run_takes_no_orders(finished, tmp_path, capsys):
@@ -559,7 +577,8 @@ def write_trouble(folder, good=54):
 @POSIX
 def test_a_tenth_of_the_files_is_broken(monkeypatch, tmp_path, capsys):
     broken = write_trouble(tmp_path / "images")
-    files = data.find_images(tmp_path / "images")
+    with limits(seconds=30, size=2**31):  # the links loop
+        files = data.find_images(tmp_path / "images")
     assert 0.08 < broken / len(files) < 0.12
     doomed = files[5]
     steps = []
@@ -604,7 +623,8 @@ def test_broken_files_among_classes(tmp_path, capsys):
         write_images(folder / split / "cat", 40)
         (folder / split / "cat" / "loop").symlink_to(folder / split)
         (folder / split / "dog" / "deep" / "loop").symlink_to(folder / split / "dog")
-    train_set = data.class_folders(folder / "train")
+    with limits(seconds=30, size=2**31):
+        train_set = data.class_folders(folder / "train")
     assert len(train_set) == 40 + 8 + len(BROKEN) - 1 and train_set.targets.count(1) == 8
     assert all("loop" not in path for path, _ in train_set.samples)
     train("finetune", tmp_path / "run", data=folder, limit=None)
@@ -615,7 +635,7 @@ def test_broken_files_among_classes(tmp_path, capsys):
 
 
 @POSIX
-def test_files_and_folders_without_permission(monkeypatch, tmp_path, capsys):
+def test_files_and_folders_without_permission(monkeypatch, tmp_path, capsys, finished):
     monkeypatch.chdir(tmp_path)
     tmp_path.chmod(0o777)
     with as_nobody():
@@ -624,7 +644,7 @@ def test_files_and_folders_without_permission(monkeypatch, tmp_path, capsys):
         Path("images/6.jpg").chmod(0)
         Path("images/private").chmod(0)
         try:
-            train("pretrain", Path("run"), data="images", limit=None)
+            train("pretrain", Path("run"), data="images", limit=None, workers=0)
         finally:
             Path("images/private").chmod(0o700)
     text = capsys.readouterr().out
@@ -633,6 +653,7 @@ def test_files_and_folders_without_permission(monkeypatch, tmp_path, capsys):
     assert re.search(r"skipped an unreadable folder: .*Permission denied.*images/private", text)
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_damaged_images_are_images_or_unreadable(tmp_path, pytestconfig):
     """Bytes overwritten, cut out and repeated, in files of seven kinds."""
     pixels = np.random.default_rng(0).integers(0, 256, (24, 20, 3), np.uint8)
