@@ -600,8 +600,9 @@ def test_compile_leaves_names_alone(monkeypatch, tmp_path):
     compiled = []
 
     class Compiled(torch.nn.Module):
-        def __init__(self, module):
+        def __init__(self, module, dynamic):
             super().__init__()
+            assert dynamic is False
             self._orig_mod = module  # as torch.compile does it
             compiled.append(module)
 
