@@ -761,6 +761,8 @@ def detection_folder(name: str, root: Path, limit: int | None, image_size: tuple
     train on; `coco` is in `root`; any other name is a folder like COCO's. Raises UserError.
     """
     if name == "shapes":
+        if limit is not None and limit > MAX_SCENES:
+            raise UserError(f"--limit {limit} must be at most {MAX_SCENES:,} scenes: they are drawn to the disk")
         return write_scenes(root, image_size, dict(train=max(limit or 0, NUM_SCENES["train"]), val=NUM_SCENES["val"]))
     return root if name == "coco" else Path(name)
 
@@ -783,6 +785,7 @@ def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
 # --- detection: built-in scenes of shapes -----------------------------------------------------------------------------
 
 NUM_SCENES = dict(train=400, val=100)  # more to train on if --limit says so
+MAX_SCENES = 100_000
 SCENE_CATEGORIES = tuple(range(1, 2 * len(SHAPES), 2))  # ids with holes, as COCO's have
 
 

@@ -219,6 +219,10 @@ def parse_arguments(
     unset = object()
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset))))
     given = {name: value for name, value in parsed.items() if value is not unset}
+    for name, value in given.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, int) and abs(number) > 10**12 for number in numbers):
+            raise UserError(f"--{name.replace('_', '-')} is beyond all numbers that make sense")
     recipe = recipes[given.get("recipe", defaults["recipe"])] if recipes else {}
     return argparse.Namespace(**(defaults | recipe | given)), given
 
@@ -309,8 +313,8 @@ def start_world(device: str) -> World:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", local_rank if chosen.index is None else chosen.index)
             torch.cuda.set_device(chosen)
-        torch.zeros(1, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        torch.zeros(1, device=chosen).item()  # a device that computes, which `meta` does not
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise UserError(f"--device {device} cannot be used here ({reason(error)})") from None
     if "RANK" in os.environ:
         backend = "nccl" if chosen.type == "cuda" and dist.is_nccl_available() else "gloo"

@@ -30,7 +30,7 @@ MODELS = {
 }
 
 
-MAX_PATCHES, MAX_DEPTH, MAX_PARAMETERS = 2**18, 1000, 10**10  # beyond all that was ever trained
+MAX_PATCHES, MAX_DEPTH, MAX_PARAMETERS = 2**18, 256, 10**10  # beyond all that was ever trained
 
 # --- parts of a transformer -------------------------------------------------------------------------------------------
 
