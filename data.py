@@ -45,7 +45,7 @@ TORCHVISION_SETS = ("cifar10", "cifar100", "stl10")
 # What Pillow's parsers raise on broken files; OSError covers missing, unreadable, truncated and unidentified ones.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
-    Image.DecompressionBombError,
+    Image.DecompressionBombError, MemoryError,
 )  # fmt: skip
 
 
