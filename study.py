@@ -314,9 +314,7 @@ def cell(name: str, metric: str, out: Path, extra: list[str]) -> str:
         return f"{cost(command(name, 0, out, extra)):.2f}" if RUNS[name].startswith("pretrain.py") else ""
     folders = (out / (starts_from(name) if " --eval " in RUNS[name] else name)).glob("seed-*")
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in folders if path.name[5:].isdigit())
-    values = [
-        100 * score(folder(name, seed, out), metric) for seed in seeds if is_finished(name, seed, out, extra)
-    ]
+    values = [100 * score(folder(name, seed, out), metric) for seed in seeds if is_finished(name, seed, out, extra)]
     if not values:
         return "-"
     text = f"{sum(values) / len(values):.1f}"
