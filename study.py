@@ -55,8 +55,8 @@ def pretraining(epochs: int, flags: str) -> str:
 
 
 LABELS = {
-    "1%": "--label-fraction 0.01 --epochs 25 --batch-size 25 --blr 8e-3",
-    "10%": "--label-fraction 0.1 --epochs 10",
+    "1%": "--label-fraction 0.01 --epochs 10 --batch-size 10 --lr 8e-4",
+    "10%": "--label-fraction 0.1 --epochs 5",
     "100%": "--epochs 2 --warmup-epochs 0.5",
 }
 RATIOS = ("0", "0.1", "0.2", "0.3", "0.4")
@@ -82,7 +82,7 @@ for share, flags in LABELS.items():
     RUNS[f"{SCRATCH}-{share}"] = f"finetune.py --init none {flags} {SCRATCH_FLAGS}".strip()
 RUNS["mae-long"] = pretraining(10, "--method mae --blr 8e-3")
 RUNS["simmim-long"] = pretraining(10, "--method simmim --blr 8e-3")
-RUNS["scratch-long-10%"] = f"finetune.py --init none --label-fraction 0.1 --epochs 60 {SCRATCH_FLAGS}".strip()
+RUNS["scratch-long-10%"] = f"finetune.py --init none --label-fraction 0.1 --epochs 55 {SCRATCH_FLAGS}".strip()
 RUNS["scratch-long-100%"] = f"finetune.py --init none --epochs 7 {SCRATCH_FLAGS}".strip()
 
 # 3, 4 and 6. PCAE with one setting changed.
