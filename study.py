@@ -64,9 +64,9 @@ RUNS: dict[str, str] = {}
 
 # 0. Learning rates, at the epochs that cost the same. What is best goes into all that follows.
 for method, epochs in (("pcae", 10), ("mae", 7), ("simmim", 5)):
-    for blr in ("2e-3", "4e-3", "8e-3", "16e-3"):
+    for blr in ("2e-3", "4e-3", "8e-3", "16e-3", *(("32e-3",) if method != "pcae" else ())):
         RUNS[f"{method}-{blr}"] = pretraining(epochs, f"--method {method} --blr {blr}")
-UNIT, MAE, SIMMIM = "pcae-8e-3", "mae-8e-3", "simmim-8e-3"
+UNIT, MAE, SIMMIM = "pcae-8e-3", "mae-16e-3", "simmim-16e-3"
 for name, flags in (
     ("scratch", ""),
     ("scratch-flat", "--layer-decay 1"),
@@ -80,8 +80,8 @@ SCRATCH, SCRATCH_FLAGS = "scratch", ""
 for share, flags in LABELS.items():
     RUNS |= {f"{name}-{share}": f"finetune.py --init {{{name}}} {flags}" for name in (UNIT, MAE, SIMMIM)}
     RUNS[f"{SCRATCH}-{share}"] = f"finetune.py --init none {flags} {SCRATCH_FLAGS}".strip()
-RUNS["mae-long"] = pretraining(10, "--method mae --blr 8e-3")
-RUNS["simmim-long"] = pretraining(10, "--method simmim --blr 8e-3")
+RUNS["mae-long"] = pretraining(10, "--method mae --blr 16e-3")
+RUNS["simmim-long"] = pretraining(10, "--method simmim --blr 16e-3")
 RUNS["scratch-long-10%"] = f"finetune.py --init none --label-fraction 0.1 --epochs 55 {SCRATCH_FLAGS}".strip()
 RUNS["scratch-long-100%"] = f"finetune.py --init none --epochs 7 {SCRATCH_FLAGS}".strip()
 
