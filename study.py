@@ -74,7 +74,7 @@ for name, flags in (
     ("scratch-both", "--layer-decay 1 --blr 8e-3"),
 ):
     RUNS[f"{name}-10%"] = f"finetune.py --init none {LABELS['10%']} {flags}".strip()
-SCRATCH, SCRATCH_FLAGS = "scratch", ""
+SCRATCH, SCRATCH_FLAGS = "scratch-both", "--layer-decay 1 --blr 8e-3"
 
 # 1 and 2. Each method and training from scratch, on few labels and many; longer runs of what costs more.
 for share, flags in LABELS.items():
