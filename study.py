@@ -6,6 +6,8 @@
     python study.py --tables                 Markdown tables of what is finished
     python study.py --data cifar10 --data-root DIR --out runs/study-cifar10
 
+Two at once share nothing if each has its own seeds.
+
 The design, written before the first run. The unit is PCAE for 10 epochs of 10,000 images, half of what `pretrain.py`
 does: far from where every method is right for every image, so that differences can show. What such a run costs in
 multiply-accumulates buys 7 epochs of MAE with the same light decoder, or 5 of SimMIM. Warm-up is 15 % of each run.
@@ -327,7 +329,7 @@ def markdown(table: Table, out: Path, extra: list[str]) -> str:
     for label, base in table.rows.items():
         lines.append([label, *(cell(base + suffix, metric, out, extra) for suffix, metric in table.columns.values())])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table.question}. {table.title} (%)\n\n{rows}\n"
+    return f"{table.question}. {table.title} (scores in %)\n\n{rows}\n"
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
