@@ -584,6 +584,7 @@ def find_objects(
             continue
         for found, target in zip(model(to_device(images, world.device)), targets, strict=True):
             results.append((target["image_id"], coco_results(found, target["image_id"], category_ids)))
+    unreadable.gather()
     results = engine.gather_lists(results)
     return None if results is None else dict(sorted(results))
 
@@ -769,7 +770,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             limit = f" --limit {args.limit}" if args.limit else ""
             print("Next, AP against speed when tokens are dropped, or with --per-class the AP of each class:")
-            print(f"  python detect.py --eval {Path(args.out) / 'best.pt'} --drop-ratio 0 0.1 0.2 0.3{limit}")
+            print(f"  python detect.py --eval {engine.best_checkpoint(args.out)} --drop-ratio 0 0.1 0.2 0.3{limit}")
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ OWN = ("resume", "dry_run", "download", "eval", "knn", "export", "results")
 
 
 # What may differ between the processes of a run: they may be on several machines.
-LOCAL = ("data_root", "workers", "device", "out", "resume", "results")
+LOCAL = ("data", "data_root", "init", "workers", "device", "out", "resume", "results")
 
 
 class UserError(Exception):
@@ -71,12 +71,14 @@ def printable(text: str) -> str:
 
 def is_lost(error: BaseException) -> bool:
     """Whether an error says that another process of the run is gone or does not answer: a rank, or one of a loader."""
-    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "DataLoader worker (pid"))
+    words = ("DataLoader worker (pid", *(("gloo",) if dist.is_initialized() else ()))
+    return isinstance(error, dist.DistError | ConnectionError) or any(word in str(error) for word in words)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory was asked for and not there, of the machine or of its accelerator."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+    words = "allocate memory", "out of memory", "not enough memory"  # Linux, MPS, Windows
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def launch(main: Callable[[], None]) -> None:
@@ -98,8 +100,11 @@ def launch(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding lacks
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
         fail(2, str(error))
+    except OSError as error:  # one from a loader's process brings its traceback along; the last line says what it was
+        code = 1 if is_lost(error) else 2
+        fail(code, (str(error).strip() or type(error).__name__).splitlines()[-1])
     except KeyboardInterrupt as interrupt:
         for number in (signal.SIGINT, signal.SIGTERM):  # a second one ends it at once
             signal.signal(number, signal.SIG_DFL)
@@ -109,7 +114,7 @@ def launch(main: Callable[[], None]) -> None:
         if is_lost(error):
             fail(1, f"another process of this run is gone or does not answer ({reason(error)})")
         if is_out_of_memory(error):
-            fail(2, f"out of memory: lower --micro-batch, or make images or model smaller ({reason(error)})")
+            fail(2, f"out of memory: take fewer images at once (--micro-batch) or smaller ones ({reason(error)})")
         raise
     if dist.is_initialized():  # not after an error: the others may never come to say goodbye
         dist.destroy_process_group()
@@ -126,7 +131,9 @@ def resumable(args: argparse.Namespace, world: "World") -> Iterator[None]:
         if speaks and not args.dry_run and last.exists():
             processes = os.environ.get("LOCAL_WORLD_SIZE")
             start = f"torchrun --nproc-per-node {processes}" if processes else "python"
-            command = f"{start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(last))}"
+            if processes and int(processes) < world.size:
+                start = "on every machine torchrun, as before, with"
+            command = f"{start} {shlex.quote(sys.argv[0])} --resume {shlex.quote(last.as_posix())}"
             print(f"\nto continue from the last checkpoint: {command}", file=sys.stderr)
         raise
 
@@ -479,6 +486,10 @@ class Unreadable:
         if self.failures > max(8, 0.25 * self.seen):
             raise UserError(f"--data: {self.failures} of {self.seen} images are unreadable, such as {messages[-1]}")
 
+    def gather(self) -> None:
+        """Let the first process know of what all have met: it reports."""
+        self.files |= set(gather_lists(sorted(self.files)) or ())
+
 
 class Trainer:
     """The state of a run, and its step. A script says in a subclass what the loss is.
@@ -619,7 +630,7 @@ class Trainer:
         if self.ddp is not None:  # BatchNorm's statistics are the first one's: what is saved is what is scored
             for buffer in self.model.buffers():
                 dist.broadcast(buffer, src=0)
-            self.unreadable.files |= set(gather_lists(sorted(self.unreadable.files)) or ())  # the first one reports
+            self.unreadable.gather()
         self.check_finite()
         good = [row for row in rows if all(map(math.isfinite, row.values()))]
         mean = {name: sum(row[name] for row in good) / len(good) if good else None for name in rows[0]}
@@ -791,6 +802,7 @@ def predict(
         with autocast(device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[labels >= 0], labels[labels >= 0]))
+    unreadable.gather()
     results = gather_lists(results)
     if results is None:
         return None
@@ -901,10 +913,20 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
     return out
 
 
+def best_checkpoint(out: str) -> Path:
+    """The checkpoint of the best epoch of a run, where there is one, else the last."""
+    best = Path(out) / "best.pt"
+    return best if best.exists() else best.with_name("last.pt")
+
+
 def take_best(source: Path, path: Path, history: list[dict[str, Any]], best: str) -> None:
     """A run continued in another folder needs the best epoch so far there, too, if that is what `source` holds."""
     if source.is_file() and not path.exists():
-        content = load_checkpoint(source)
+        try:
+            content = load_checkpoint(source)
+        except UserError as error:
+            print(f"the best epoch so far is lost: {error}")
+            return
         scores = {row["epoch"]: row[best] for row in history if math.isfinite(row[best])}
         if scores and scores.get(content.get("epoch")) == max(scores.values()):
             save_checkpoint(path, content)
@@ -930,7 +952,8 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind RuntimeErrors of its own
         while isinstance(error, RuntimeError) and error.__context__:
             error = error.__context__
-        raise UserError(f"cannot write {path} ({reason(error)}); an earlier version of it is unharmed") from None
+        unharmed = "; an earlier version of it is unharmed" if path.exists() else ""
+        raise UserError(f"cannot write {path} ({reason(error)}){unharmed}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -969,7 +992,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError:
         raise UserError(f"{path} is not loaded: it is no checkpoint, or holds more than tensors and values") from None
     except Exception as error:  # on damaged files torch's unpickler raises nearly every kind
-        raise UserError(f"{path} is damaged or no checkpoint ({reason(error)})") from None
+        what = "is damaged or no checkpoint"
+        if is_out_of_memory(error):
+            what = "needs more memory than there is, or is damaged"
+        raise UserError(f"{path} {what} ({reason(error)})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -978,14 +1004,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def check_container(path: Path) -> None:
     """Raise ValueError for a file that would grow when read: a few kilobytes can ask for all of the memory.
 
-    torch compresses nothing, so the parts of its zip files are no larger than the file. And of all that its safe reader
-    may call, `bytearray` is the one that fills memory by a number alone.
+    torch compresses nothing, and the parts of its zip files are no larger than the file. And of all that its safe
+    reader may call, `bytearray` is the one that fills memory by a number alone.
     """
     with open(path, "rb") as file:
         if zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                    raise ValueError("its parts claim to be larger than the file")
+                parts = archive.infolist()
+            if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+                raise ValueError("it is compressed, as no checkpoint is")
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                raise ValueError("its parts claim to be larger than the file")
         elif not path.stat().st_size:
             raise ValueError("it is empty")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -1007,19 +1036,25 @@ def check_tensors(content: Any, path: Path) -> None:
         raise ValueError("its tensors claim to be larger than the file")
 
 
-def named_tensors(content: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """All tensors at any depth of dicts and lists, by where they are: student.blocks.0.norm1.weight, ..."""
+def named_tensors(content: Any, name: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """All tensors at any depth of dicts and lists, by where they are: student.blocks.0.norm1.weight, ...
+
+    What is there several times is entered once: a small file can hold lists of lists of the same list without end.
+    """
+    seen = set() if seen is None else seen
     if isinstance(content, Tensor):
         yield name, content
-    elif isinstance(content, dict | list | tuple):
+    elif isinstance(content, dict | list | tuple) and id(content) not in seen:
+        seen.add(id(content))
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
-            yield from named_tensors(value, f"{name}.{key}" if name else str(key))
+            yield from named_tensors(value, f"{name}.{key}" if name else str(key), seen)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file as timm's are published: length of a JSON header, the header, then the raw numbers."""
     dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    dtypes |= {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+    dtypes |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+    dtypes |= {"BOOL": torch.bool}
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -1030,8 +1065,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
-        numbers = bytearray(content[start + first : start + last])
-        tensors[name] = torch.frombuffer(numbers, dtype=dtypes[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{name} holds numbers of a kind that no ViT has: {entry['dtype']}")
+        numbers, dtype = bytearray(content[start + first : start + last]), dtypes[entry["dtype"]]
+        flat = torch.frombuffer(numbers, dtype=dtype) if numbers else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.reshape(entry["shape"])
     return tensors
 
 

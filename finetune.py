@@ -391,6 +391,8 @@ def nearest_neighbours(args: argparse.Namespace, encoder: ViT, world: World) -> 
         print(f"data    {args.data}: {len(sets[0]):,} images{classes}, {len(sets[1]):,} to score")
         k = min(args.knn, len(results[0][1]))
         print(f"top-1 {accuracy:.1%} by {k} nearest neighbours of the {args.pool} token features of {args.init}")
+        if unreadable.files:
+            print(f"{len(unreadable.files)} unreadable images were passed over.")
 
 
 # --- for timm ---------------------------------------------------------------------------------------------------------
@@ -502,7 +504,7 @@ def main(argv: list[str] | None = None) -> None:
             print("That was a dry run: nothing was kept.")
         else:
             print("Next, accuracy against speed when tokens are dropped:")
-            print(f"  python finetune.py --eval {Path(args.out) / 'best.pt'} --drop-ratio 0 0.1 0.2 0.3 0.4")
+            print(f"  python finetune.py --eval {engine.best_checkpoint(args.out)} --drop-ratio 0 0.1 0.2 0.3 0.4")
 
 
 if __name__ == "__main__":

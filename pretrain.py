@@ -249,8 +249,8 @@ def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
     return text
 
 
-def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
-    """One paragraph on how the run went."""
+def summarise(history: list[dict[str, Any]], trainer: Trainer, unreadable: set[str]) -> str:
+    """One paragraph on how the run went; `unreadable` files were met on the way."""
     trained = [row for row in history if row.get("loss") is not None]
     text = f"{history[-1]['epoch']} epochs, {history[-1]['step']:,} steps."
     if trained:
@@ -267,7 +267,7 @@ def summarise(history: list[dict[str, Any]], trainer: Trainer) -> str:
             f" On the frozen features a linear classifier is right for {scores[-1]['linear']:.1%} (untrained encoder: "
             f"{scores[0]['linear']:.1%}), nearest neighbours for {scores[-1]['knn']:.1%} ({scores[0]['knn']:.1%})."
         )
-    return text + trainer.mishaps(trainer.unreadable.files)
+    return text + trainer.mishaps(unreadable)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. Say how it went.
     if world.is_main:
-        print(summarise(history, trainer))
+        unreadable = trainer.unreadable.files | (probe.unreadable.files if probe else set())
+        print(summarise(history, trainer, unreadable))
         if args.dry_run:
             print("That was a dry run: nothing was kept.")
         else:

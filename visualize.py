@@ -150,6 +150,7 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
     if given.keys() & {"drop_stages", "drop_at"}:
         saved.pop("drop_blocks", None)  # else they would win
     vars(args).update(saved)
+    drops = bool(args.drop_ratio)
     if "drop_ratio" not in given:
         args.drop_ratio = args.drop_ratio or 0.5
     teacher = checkpoint.get("method") == "pcae" and args.weights != "student"
@@ -173,6 +174,8 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
     if not ptr.blocks:
         raise UserError("nothing would be dropped: raise --drop-ratio and --drop-stages")
     classes = tuple(map(str, checkpoint.get("classes", ()))) if classifier is not None else ()
+    if classifier is not None:
+        classifier.ptr = ptr if drops else PTR()  # it answers as it was trained, whatever the picture shows
     return Subject(encoder, not teacher, ptr, classifier, classes)
 
 
@@ -230,8 +233,7 @@ def trace(subject: Subject, images: Tensor, patch_ids: Tensor, *seed: int | str)
 
 @torch.no_grad()
 def answers(subject: Subject, images: Tensor, *seed: int | str) -> list[str]:
-    """What the classifier says of normalised images (B, C, H, W) by the tokens that PTR keeps, and how sure it is."""
-    subject.classifier.ptr = subject.ptr
+    """What the classifier says of normalised images (B, C, H, W), and how sure it is."""
     engine.seed_generators(images.device, *seed)
     sure, labels = subject.classifier(images).softmax(dim=1).max(dim=1)
     names = subject.classes or [f"class {i}" for i in range(int(labels.max()) + 1)]
@@ -341,8 +343,10 @@ def patch_columns(args: argparse.Namespace, encoder: ViT, images: Tensor, stages
 
 def legend(args: argparse.Namespace) -> list[str]:
     """How to read the picture."""
-    lines = ["colour: redundancy before the drop", "dot: kept"] if args.heatmap else []
-    return lines + ["grey: dropped"] + (["hatched: for the student"] if args.masked else [])
+    lines = ["grey: dropped"]
+    if args.heatmap:
+        lines = ["colour: redundancy", "dot: kept", "no dot: dropped here", "grey: dropped before"]
+    return lines + (["hatched: for the student"] if args.masked else [])
 
 
 def tile(images: list[Tensor], columns: int) -> Tensor:

@@ -334,6 +334,15 @@ def swollen(path, content, part):
                         file.write(bytes(2**20))
 
 
+def compressed(path, content):
+    """The same checkpoint in a zip file that compresses: what its pickle calls cannot be seen in the file."""
+    torch.save(content, path)
+    whole = zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in whole.infolist():
+            archive.writestr(entry.filename, whole.read(entry))
+
+
 def lying(path, content):
     """A checkpoint whose zip directory says that its tensors have 4 GB."""
     torch.save(content, path)
@@ -389,6 +398,7 @@ def hostile_files(content, part, canary):
         "compressed pickle": lambda path: swollen(path, content, "data.pkl"),
         "lying directory": lambda path: lying(path, content),
         "a few bytes that ask for gigabytes": save(content | dict(extra=Call(bytearray, huge))),
+        "a compressed call that asks for gigabytes": lambda path: compressed(path, dict(x=Call(bytearray, huge))),
         "a tensor without its numbers": save(content | dict(extra=Call(torch.Tensor, huge // 16))),  # not filled
         "an expanded tensor": save(changed(content, part, expanded)),
         "a tensor of nowhere": save(content | dict(extra=torch.empty(huge, device="meta"))),
@@ -412,6 +422,16 @@ DOORS = [
     ("finetune", "--resume", "finetune", "model"), ("detect", "--init", "pretrain", "student"),
     ("detect", "--eval", "detect", "model"), ("detect", "--resume", "detect", "optimizer"),
 ]  # fmt: skip
+
+
+def test_lists_within_lists_without_end(tmp_path):
+    """A few kilobytes can name the same list 30^30 times: each is looked at once."""
+    content = [torch.zeros(3)]
+    for _ in range(30):
+        content = [content] * 30
+    torch.save(dict(content=content), tmp_path / "a.pt")
+    with limits(seconds=20, size=2**29):
+        assert "content" in engine.load_checkpoint(tmp_path / "a.pt")
 
 
 @pytest.mark.filterwarnings("ignore")
