@@ -377,7 +377,7 @@ def test_the_sheet(tmp_path, words):
     traced = visualize.trace(subject, data.Normalize()(images), ids, 0)
     columns = visualize.patch_columns(args, vit, images, traced)
     assert len(columns) == 1 + args.masked + words.get("drop_stages", 3)
-    footer, lines = (17 + 8, 3) if args.heatmap else (0, 2 if args.masked else 1)
+    footer, lines = (17 + 8, 4) if args.heatmap else (0, 2 if args.masked else 1)
     assert picture.shape[1] == 34 + 8 + 3 * (128 + 8) + 8 + footer + 17 * (lines + 1)
     for b, row in enumerate(tiles_of(picture, vit, 3, len(columns))):
         for tile, column in zip(row, columns, strict=True):
