@@ -949,9 +949,11 @@ def replace_file(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save hides an OSError behind RuntimeErrors of its own
+    except (OSError, RuntimeError) as error:  # torch.save hides what happened behind RuntimeErrors of its own
         while isinstance(error, RuntimeError) and error.__context__:
             error = error.__context__
+        if isinstance(error, KeyboardInterrupt):
+            raise error from None
         unharmed = "; an earlier version of it is unharmed" if path.exists() else ""
         raise UserError(f"cannot write {path} ({reason(error)}){unharmed}") from None
     finally:

@@ -10,6 +10,7 @@ pickles and cut files (test_engine.py, test_weights.py), steps that are not fini
 
 import contextlib
 import io
+import itertools
 import json
 import math
 import os
@@ -193,6 +194,23 @@ def test_ended_by_a_signal(tmp_path, uninterrupted, name, code):
     assert assert_whole(out)["epoch"] < settings["epochs"]
     pretrain.main(command[2:])
     assert_same_run(whole, out)
+
+
+def test_interrupted_while_torch_writes(tmp_path):
+    """torch.save then complains about its file; what counts is the interruption."""
+
+    calls = itertools.count()
+
+    class Interrupted(io.BytesIO):
+        def write(self, content):
+            if next(calls) == 2:
+                raise KeyboardInterrupt(15)
+            return super().write(content)
+
+    (tmp_path / "a.pt").write_text("before")
+    with pytest.raises(KeyboardInterrupt):
+        engine.replace_file(tmp_path / "a.pt", lambda _: torch.save(torch.zeros(1000), Interrupted()))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"] and (tmp_path / "a.pt").read_text() == "before"
 
 
 def test_an_interrupted_evaluation_is_not_to_be_resumed(monkeypatch, finished, capsys):
