@@ -401,7 +401,7 @@ def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detec
     encoder = build_encoder(args, checkpoint)
     ptr = token_reduction(args, encoder, args.drop_ratio[0])
     model = build_detector(args, encoder, len(checkpoint["categories"]), ptr, checkpoint["learned_positions"])
-    bad = [name for name, tensor in engine.named_tensors(checkpoint["model"]) if not tensor.isfinite().all()]
+    bad = engine.not_finite(checkpoint["model"])
     if bad:
         raise UserError(f"{args.eval}: {bad[0]} holds NaN or infinity")
     try:

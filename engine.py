@@ -609,7 +609,7 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise UserError where a step of finite gradients has led to weights that are not: none of it is saved."""
-        bad = [name for name, tensor in named_tensors(self.state()) if not tensor.isfinite().all()]
+        bad = not_finite(self.state())
         if bad:
             raise UserError(
                 f"{bad[0]} is no longer finite (step {self.step}): lower --blr or --lr. The last checkpoint is from "
@@ -698,7 +698,7 @@ class Trainer:
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             detail = (str(error).splitlines() or [type(error).__name__])[-1].strip()  # torch lists, the last is enough
             raise UserError(f"the checkpoint does not fit this version of the model ({detail})") from None
-        bad = [name for name, tensor in named_tensors(self.state()) if not tensor.isfinite().all()]
+        bad = not_finite(self.state())
         if bad:
             raise UserError(f"the checkpoint holds NaN or infinity ({bad[0]}): go back to an earlier one")
 
@@ -1050,6 +1050,11 @@ def named_tensors(content: Any, name: str = "", seen: set[int] | None = None) ->
         seen.add(id(content))
         for key, value in content.items() if isinstance(content, dict) else enumerate(content):
             yield from named_tensors(value, f"{name}.{key}" if name else str(key), seen)
+
+
+def not_finite(content: Any) -> list[str]:
+    """The names of the tensors, at any depth of dicts and lists, that hold NaN or infinity."""
+    return [name for name, tensor in named_tensors(content) if not tensor.isfinite().all()]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -38,7 +38,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 import finetune
@@ -286,17 +285,11 @@ def run(name: str, seed: int, out: Path, extra: list[str]) -> None:
 
 
 def cost(words: list[str]) -> float:
-    """Multiply-accumulates for an image in a pre-training, forward and backward through all epochs, in units of 10^9.
-
-    Counted on a copy without storage: there, attention is matrix products that torch's counter sees.
-    """
+    """Multiply-accumulates for an image in a pre-training, forward and backward through all epochs, in 10^9."""
     args, _ = pretrain.read_settings(words[1:])
     model, encoder = pretrain.build_model(args)
-    image = torch.zeros(1, args.channels, *encoder["image_size"], device="meta")
-    noise = torch.zeros(1, model.student.num_patches, device="meta")
-    with FlopCounterMode(display=False) as counter:
-        model.to("meta")(image, noise).loss.backward()
-    return counter.get_total_flops() / 2 * args.epochs / 1e9
+    image = torch.zeros(1, args.channels, *encoder["image_size"])
+    return engine.count_macs(model, image, backward=True) * args.epochs / 1e9
 
 
 def score(path: Path, metric: str) -> float | None:
