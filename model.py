@@ -305,6 +305,7 @@ class PCAE(nn.Module):
         *,
         mask_ratio: float = 0.75,
         ptr: PTR | None = None,
+        center: bool = False,
         decoder_dim: int = 512,
         decoder_depth: int = 2,
         decoder_heads: int = 16,
@@ -312,6 +313,7 @@ class PCAE(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.ptr = ptr if ptr is not None else PTR()
+        self.center = center
         self.num_visible = count_visible(student.num_patches, mask_ratio)
         self.token_counts = token_counts(student.num_patches - self.num_visible, len(student.blocks), self.ptr)
         self.student = student
@@ -340,7 +342,8 @@ class PCAE(nn.Module):
         target, retained = self.forward_teacher(images, masked)
         latent = self.student(images, visible).tokens
         prediction = self.decoder(latent, visible, retained)
-        return PCAEOutput(cosine_loss(prediction, target), visible, masked, retained, prediction, target)
+        loss = cosine_loss(prediction, centered(target) if self.center else target)
+        return PCAEOutput(loss, visible, masked, retained, prediction, target)
 
     @torch.no_grad()
     def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -381,6 +384,11 @@ def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+def centered(target: Tensor) -> Tensor:
+    """Targets (B, R, D) without the mean of all of them, which says nothing about any. Not in the paper."""
+    return target - target.mean(dim=(0, 1))
 
 
 @torch.no_grad()

@@ -26,7 +26,8 @@ from ptr import PTR, drop_blocks
 METHODS = {"pcae": PCAE, "mae": MAE, "simmim": SimMIM}
 # Flags that only some methods have a use for.
 DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
-ONLY_FOR = {name: ("pcae",) for name in ("ema", "drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion")}
+PCAE_ONLY = ("ema", "center", "drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion")
+ONLY_FOR = {name: ("pcae",) for name in PCAE_ONLY}
 ONLY_FOR |= {name: ("pcae", "mae") for name in DECODER}
 
 NEXT = "--recipe imagenet --model vit_tiny --batch-size 64 --epochs 100 --out runs/mine"
@@ -70,6 +71,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--drop-ratio", 0.5, "share of its tokens that each stage drops")
     engine.add_ptr_flags(add)
     add("--ema", 0.9999, "momentum of the teacher at the start; rises to 1")
+    add("--center", False, "take from the targets what all of a micro-batch share (not in the paper)",
+        action="store_true")
 
     add = functools.partial(engine.add_flag, parser.add_argument_group("optimisation"))
     engine.add_optimisation_flags(add, epochs=20, blr=8e-3, warmup_epochs=3.0)
@@ -107,7 +110,7 @@ def build_model(args: argparse.Namespace) -> tuple[PCAE | MAE | SimMIM, dict[str
             blocks = args.drop_blocks
             if blocks is None:
                 blocks = drop_blocks(len(student.blocks), args.drop_stages, args.drop_at)
-            options["ptr"] = PTR(tuple(blocks), args.drop_ratio, args.criterion)
+            options |= dict(ptr=PTR(tuple(blocks), args.drop_ratio, args.criterion), center=args.center)
         model = METHODS[args.method](student, mask_ratio=args.mask_ratio, **options)
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -250,7 +250,7 @@ def test_finetune_takes_the_encoder(run, tmp_path, capsys):
 
 @pytest.mark.parametrize("method, flag, value", [
     ("mae", "ema", 0.9), ("mae", "drop_ratio", 0.5), ("mae", "drop_blocks", 0), ("simmim", "criterion", "random"),
-    ("simmim", "decoder_dim", 16), ("simmim", "drop_stages", 3), ("mae", "drop_at", "late"),
+    ("simmim", "decoder_dim", 16), ("simmim", "drop_stages", 3), ("mae", "drop_at", "late"), ("mae", "center", True),
 ])  # fmt: skip
 def test_flags_that_mean_nothing_to_a_method(tmp_path, method, flag, value):
     with pytest.raises(UserError, match=f"--{flag.replace('_', '-')} means nothing to --method {method}"):

@@ -460,6 +460,18 @@ def test_loss_is_over_the_retained_tokens():
     assert out.loss.item() == pytest.approx(1 - sum(cosines) / len(cosines), abs=1e-6)
 
 
+def test_centered_targets():
+    """What all targets share is not asked for, and the output shows them as they are."""
+    model, images, noise = small_pcae(), random_images(), torch.rand(3, N)
+    plain = model(images, noise)
+    model.center = True
+    out = model(images, noise)
+    assert torch.equal(out.target, plain.target) and torch.equal(out.prediction, plain.prediction)
+    flat = plain.target.flatten(0, 1)
+    cosines = F.cosine_similarity(plain.prediction.flatten(0, 1), flat - sum(flat) / len(flat), dim=1)
+    assert out.loss.item() == pytest.approx(1 - cosines.mean().item(), abs=1e-6) != pytest.approx(plain.loss.item())
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_loss_starts_near_one(seed):
     torch.manual_seed(seed)

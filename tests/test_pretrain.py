@@ -312,7 +312,7 @@ CHANGES = dict(
     batch_size=(16, 8), limit=(64, 32), image_size=([16], [32]), depth=(2, 4), drop_blocks=(None, [1]),
     criterion=("similarity", "random"), data=("shapes", "cifar10"), recipe=("laptop", "imagenet"),
     model=("vit_mini", "vit_tiny"), precision=("auto", "bf16"), min_crop=(1.0, 0.5), drop_path=(0.0, 0.1),
-    knn_every=(0, 5), clip_grad=(1.0, 2.0),
+    knn_every=(0, 5), clip_grad=(1.0, 2.0), center=(False, True),
 )  # fmt: skip
 
 
