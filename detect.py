@@ -130,8 +130,7 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         checkpoint = engine.load_checkpoint(Path(args.eval))
         if checkpoint.get("method") != "detect":
             raise UserError(f"--eval {args.eval} is not a checkpoint of this script")
-        kept = {name: checkpoint["config"][name] for name in KEPT}
-        args = argparse.Namespace(**(vars(args) | kept | given))
+        args = argparse.Namespace(**(vars(args) | engine.settings_left_to(checkpoint["config"], KEPT, given)))
     else:
         args, checkpoint = engine.resume_settings(args, given, ("detect",))
     if len(args.drop_ratio) > 1 and (args.results or args.eval is None):

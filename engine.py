@@ -41,7 +41,7 @@ MAX_WORKERS = 128  # of one process; a thousand would bring a machine to its kne
 PATIENCE = timedelta(minutes=30)  # of a process with the others, which wait while one scores and saves
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
-# for what is drawn anew for each: drop path, MixUp, CutMix.
+# for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (`--center`).
 FREE = (
     "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
     "per_class", "results",
@@ -199,6 +199,15 @@ def token_reduction(args: argparse.Namespace, depth: int, num_tokens: int, drop_
     except ValueError as error:
         raise UserError(str(error)) from None
     return ptr
+
+
+def settings_left_to(config: dict[str, Any], names: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's settings those of `names` that the flags given do not decide.
+
+    Stages, where they are given, replace the blocks that the checkpoint names, which would win over them.
+    """
+    decided = given.keys() | ({"drop_blocks"} if given.keys() & {"drop_stages", "drop_at"} else set())
+    return {name: config[name] for name in names if name in config and name not in decided}
 
 
 def add_optimisation_flags(

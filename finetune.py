@@ -291,7 +291,7 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     checkpoint = engine.load_checkpoint(args.eval)
     ours = checkpoint.get("method") == "finetune"  # of a public file nothing is known
     saved = checkpoint["config"] if ours else {}
-    args = argparse.Namespace(**(vars(args) | {name: saved[name] for name in KEPT if name in saved} | given))
+    args = argparse.Namespace(**(vars(args) | engine.settings_left_to(saved, KEPT, given)))
     size = data.sides(args.image_size) if "image_size" in given else None
     log = print if world.is_main else lambda text: None
     try:

@@ -144,11 +144,9 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
     Completes `args` by the settings of a checkpoint of ours.
     """
     config = checkpoint.get("config", {}) if "method" in checkpoint else {}
-    saved = {name: config[name] for name in KEPT if name in config and name not in given}
+    saved = engine.settings_left_to(config, KEPT, given)
     if isinstance(saved.get("drop_ratio"), list):  # finetune.py takes several
         saved["drop_ratio"] = saved["drop_ratio"][0]
-    if given.keys() & {"drop_stages", "drop_at"}:
-        saved.pop("drop_blocks", None)  # else they would win
     vars(args).update(saved)
     drops = bool(args.drop_ratio)
     if "drop_ratio" not in given:

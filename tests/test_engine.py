@@ -302,6 +302,19 @@ def test_a_flag_given_its_default_wins_over_the_recipe():
     assert given == dict(recipe="big", epochs=10, sizes=[8])
 
 
+@pytest.mark.parametrize("given, left", [
+    ({}, dict(drop_blocks=[3], drop_ratio=0.2)),
+    (dict(drop_ratio=0.1), dict(drop_blocks=[3])),
+    (dict(drop_blocks=[1]), dict(drop_ratio=0.2)),
+    (dict(drop_stages=2), dict(drop_ratio=0.2)),
+    (dict(drop_at="late", epochs=2), dict(drop_ratio=0.2)),
+])  # fmt: skip
+def test_settings_that_flags_leave_to_a_checkpoint(given, left):
+    config = dict(drop_blocks=[3], drop_ratio=0.2, epochs=9)
+    names = ("drop_blocks", "drop_stages", "drop_at", "drop_ratio")
+    assert engine.settings_left_to(config, names, given) == left
+
+
 def test_wrong_flags_end_with_code_2(capsys):
     for argv in (["--recipe", "huge"], ["--epochs", "x"], ["--nope"]):
         with pytest.raises(SystemExit) as end:

@@ -474,6 +474,8 @@ def test_eval_uses_what_it_was_trained_with(tmp_path, capsys):
     assert {ratio: row[0] for ratio, row in rows_of(capsys.readouterr().out).items()} == {0.5: 4}
     run(eval=tmp_path / "best.pt", drop_ratio=0)
     assert {ratio: row[0] for ratio, row in rows_of(capsys.readouterr().out).items()} == {0: 16}
+    run(eval=tmp_path / "best.pt", drop_stages=1)
+    assert "dropping after blocks [0]" in (text := capsys.readouterr().out) and rows_of(text)[0.5][0] == 8
 
 
 def test_tokens_while_training(monkeypatch, tmp_path, capsys):
