@@ -125,14 +125,16 @@ def arguments() -> argparse.ArgumentParser:
 
 def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, checked as far as the encoder is not needed for it, and the checkpoint to resume or to score."""
-    args, given = engine.parse_arguments(arguments(), RECIPES, argv)
+    parser = arguments()
+    args, given = engine.parse_arguments(parser, RECIPES, argv)
     if args.eval is not None:
         checkpoint = engine.load_checkpoint(Path(args.eval))
         if checkpoint.get("method") != "detect":
             raise UserError(f"--eval {args.eval} is not a checkpoint of this script")
-        args = argparse.Namespace(**(vars(args) | engine.settings_left_to(checkpoint["config"], KEPT, given)))
+        saved = engine.saved_settings(checkpoint, parser, args.eval)
+        args = argparse.Namespace(**(vars(args) | engine.settings_left_to(saved, KEPT, given)))
     else:
-        args, checkpoint = engine.resume_settings(args, given, ("detect",))
+        args, checkpoint = engine.resume_settings(parser, args, given, ("detect",))
     if len(args.drop_ratio) > 1 and (args.results or args.eval is None):
         raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
     if args.eval is not None and args.resume is not None:
@@ -184,7 +186,8 @@ def build_encoder(
             encoder = resize_patches(encoder, usable, args.drop_path)
         return encoder
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--init {args.init}: {error}") from None
+        source = f"--init {args.init}" if checkpoint is None else "the checkpoint"
+        raise UserError(f"{source}: {error}") from None
 
 
 def resize_patches(encoder: ViT, patch_size: int, drop_path: float = 0.0) -> ViT:

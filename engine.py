@@ -145,7 +145,7 @@ class FlagParser(argparse.ArgumentParser):
     """argparse's, with mistakes in one line: the usage of so many flags would hide it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {printable(message)} (--help shows all flags)\n")
+        raise UserError(f"{message} (--help shows all flags)")
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
@@ -201,6 +201,32 @@ def token_reduction(args: argparse.Namespace, depth: int, num_tokens: int, drop_
     return ptr
 
 
+def saved_settings(checkpoint: dict[str, Any], parser: argparse.ArgumentParser, path: str | Path) -> dict[str, Any]:
+    """The settings in a checkpoint from `path`, but for OWN. Raises UserError for what the parser's flags cannot say.
+
+    They are turned into words and parsed: a stranger's file may name anything a setting.
+    """
+    config = checkpoint.get("config")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} does not hold the settings of its run")
+    known = vars(parser.parse_args([])).keys() - OWN
+    saved, words = {name: value for name, value in config.items() if name in known}, []
+    for name, value in saved.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is not None and value is not False:
+            words.append(flag if value is True else f"{flag}={value}")
+    try:
+        parsed, _ = parse_arguments(parser, {}, words)
+    except UserError as error:
+        raise UserError(f"{path} holds settings that no run can have had: {error}") from None
+    for name, value in saved.items():  # lists may hold other flags, and only words can be numbers
+        if not isinstance(value, str | int | float | list | None) or getattr(parsed, name) != value:
+            raise UserError(f"{path} holds settings that no run can have had: {name} is {str(value)[:80]}")
+    return saved
+
+
 def settings_left_to(config: dict[str, Any], names: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
     """Of a checkpoint's settings those of `names` that the flags given do not decide.
 
@@ -244,11 +270,11 @@ def parse_arguments(
 
 
 def resume_settings(
-    args: argparse.Namespace, given: dict[str, Any], methods: Collection[str]
+    parser: argparse.ArgumentParser, args: argparse.Namespace, given: dict[str, Any], methods: Collection[str]
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """With `--resume`: the settings of the checkpoint under the given ones, and the checkpoint. Else (args, None).
 
-    `methods` are those that a script's checkpoints may name.
+    `parser` is the script's, `methods` are those that its checkpoints may name.
     Raises UserError where there is no such checkpoint, or a given flag would change what is being trained.
     """
     if args.resume is None:
@@ -261,7 +287,7 @@ def resume_settings(
         raise UserError(
             f"{path} is not a checkpoint of this script that can be continued (method {' or '.join(methods)}, last.pt)"
         )
-    saved = {name: value for name, value in checkpoint["config"].items() if name not in OWN}
+    saved = saved_settings(checkpoint, parser, path)
     check_settings(saved, {name: value for name, value in given.items() if name not in FREE}, path)
     return argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | given)), checkpoint
 

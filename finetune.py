@@ -112,7 +112,8 @@ def read_settings(
     argv: list[str] | None,
 ) -> tuple[argparse.Namespace, dict[str, Any], dict[str, Any] | None]:
     """The arguments, checked as far as the encoder is not needed for it, the given ones, and what to resume from."""
-    args, given = engine.parse_arguments(arguments(), RECIPES, argv)
+    parser = arguments()
+    args, given = engine.parse_arguments(parser, RECIPES, argv)
     if args.linear_probe:
         args = argparse.Namespace(**(vars(args) | PROBE_RECIPES[args.recipe] | given))
     modes = ["linear_probe", "knn", "eval", "export"]
@@ -121,7 +122,7 @@ def read_settings(
         chosen.append("--resume")
     if len(chosen) > 1:
         raise UserError(f"choose one of {' and '.join(chosen)}")
-    args, checkpoint = engine.resume_settings(args, given, ("finetune",))
+    args, checkpoint = engine.resume_settings(parser, args, given, ("finetune",))
     args.pool = args.pool or (None if args.eval is not None else "mean")
     if args.label_fraction is not None and args.labels_per_class is not None:
         raise UserError("choose one of --label-fraction and --labels-per-class")
@@ -161,7 +162,8 @@ def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, l
             options = dict(weights=args.weights, image_size=size, heads=args.heads, drop_path=args.drop_path, log=log)
             encoder = load_encoder(source, **options)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--init {args.init}: {error}") from None
+        source = f"--init {args.init}" if checkpoint is None else "the checkpoint to resume"
+        raise UserError(f"{source}: {error}") from None
     for name in ("patch_size", "channels"):
         setattr(args, name, encoder.arguments[name])
     if args.image_size is None:
@@ -290,7 +292,7 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     """`--eval`: accuracy, work and speed of a classifier at each drop ratio, beside the poster's."""
     checkpoint = engine.load_checkpoint(args.eval)
     ours = checkpoint.get("method") == "finetune"  # of a public file nothing is known
-    saved = checkpoint["config"] if ours else {}
+    saved = engine.saved_settings(checkpoint, arguments(), args.eval) if ours else {}
     args = argparse.Namespace(**(vars(args) | engine.settings_left_to(saved, KEPT, given)))
     size = data.sides(args.image_size) if "image_size" in given else None
     log = print if world.is_main else lambda text: None

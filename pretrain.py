@@ -86,8 +86,9 @@ def arguments() -> argparse.ArgumentParser:
 
 def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """The arguments, complete and checked, and the checkpoint to resume from, if any. Raises UserError."""
-    args, given = engine.parse_arguments(arguments(), RECIPES, argv)
-    args, checkpoint = engine.resume_settings(args, given, METHODS)
+    parser = arguments()
+    args, given = engine.parse_arguments(parser, RECIPES, argv)
+    args, checkpoint = engine.resume_settings(parser, args, given, METHODS)
     for name, methods in ONLY_FOR.items():
         if name in given and args.method not in methods:
             raise UserError(f"--{name.replace('_', '-')} means nothing to --method {args.method}: leave it out")

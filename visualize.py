@@ -30,6 +30,8 @@ from tqdm import tqdm
 import data
 import detect
 import engine
+import finetune
+import pretrain
 from data import UnreadableImage
 from engine import UserError
 from model import Classifier, ViT, find_weights, load_classifier, load_encoder, split_patches
@@ -143,8 +145,11 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
 
     Completes `args` by the settings of a checkpoint of ours.
     """
-    config = checkpoint.get("config", {}) if "method" in checkpoint else {}
-    saved = engine.settings_left_to(config, KEPT, given)
+    saved = {}
+    if "method" in checkpoint and "encoder" in checkpoint:  # ours
+        script = finetune if checkpoint["method"] == "finetune" else pretrain
+        saved = engine.saved_settings(checkpoint, script.arguments(), args.checkpoint)
+    saved = engine.settings_left_to(saved, KEPT, given)
     if isinstance(saved.get("drop_ratio"), list):  # finetune.py takes several
         saved["drop_ratio"] = saved["drop_ratio"][0]
     vars(args).update(saved)

@@ -275,7 +275,7 @@ def test_autocast_on_a_cpu(precision, dtype):
 
 
 def parse(*argv):
-    parser = argparse.ArgumentParser()
+    parser = engine.flag_parser("")
     parser.add_argument("--recipe", default="plain", choices=["plain", "big"])
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--rate", type=float, default=0.5)
@@ -315,12 +315,10 @@ def test_settings_that_flags_leave_to_a_checkpoint(given, left):
     assert engine.settings_left_to(config, names, given) == left
 
 
-def test_wrong_flags_end_with_code_2(capsys):
+def test_wrong_flags_are_mistakes():
     for argv in (["--recipe", "huge"], ["--epochs", "x"], ["--nope"]):
-        with pytest.raises(SystemExit) as end:
+        with pytest.raises(UserError, match=rf"{argv[0]}.*\(--help shows all flags\)"):
             parse(*argv)
-        assert end.value.code == 2
-    capsys.readouterr()
 
 
 def test_arguments_come_from_the_command_line_by_default(monkeypatch):
@@ -360,14 +358,13 @@ def test_flags_say_their_default_and_take_its_type():
 
 
 @pytest.mark.parametrize("words", ["--count 1.5", "--count x", "--rate x", "--rat 1", "--quie"])
-def test_flags_of_the_wrong_type_and_abbreviated_ones(capsys, words):
+def test_flags_of_the_wrong_type_and_abbreviated_ones(words):
     parser = engine.flag_parser("")
     engine.add_flag(parser, "--count", 3, "how many")
     engine.add_flag(parser, "--rate", 0.5, "how fast")
     engine.add_flag(parser, "--quiet", False, "say nothing", action="store_true")
-    with pytest.raises(SystemExit) as end:
+    with pytest.raises(UserError, match=words.split()[0]):
         parser.parse_args(words.split())
-    assert end.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
 def shared_flags():
@@ -1370,8 +1367,11 @@ COMMAND = dict(epochs=10, rate=0.5, out="runs/tiny", workers=0, sizes=[16], resu
 
 def resume(*words, **given):
     """What `engine.resume_settings` makes of the defaults above and the flags given."""
+    parser = engine.flag_parser("")
+    for name, default in COMMAND.items():
+        engine.add_flag(parser, f"--{name}", default, "", **dict(type=int, nargs="+") if name == "sizes" else {})
     args = argparse.Namespace(**(COMMAND | given))
-    return args, *engine.resume_settings(args, given, ("tiny",))
+    return args, *engine.resume_settings(parser, args, given, ("tiny",))
 
 
 def saved_run(folder, **changes):
@@ -1407,6 +1407,26 @@ def test_flags_given_to_a_resumed_run(tmp_path):
 def test_flags_that_change_no_result_are_free(tmp_path, name):
     given = dict(out=str(saved_run(tmp_path)), resume="") | ({name: "new"} if name not in ("out", "resume") else {})
     assert getattr(resume(**given)[1], name) == given[name]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", "x"), ("epochs", 1.5), ("epochs", None), ("epochs", True), ("epochs", [3]), ("epochs", 10**30),
+    ("rate", "fast"), ("rate", math.nan), ("rate", torch.ones(2)), ("rate", "0.2"), ("sizes", 8),
+    ("sizes", ["8", "--epochs", "3"]), ("sizes", [torch.tensor(8)]), ("sizes", []), ("out", torch.tensor(3)),
+    ("out", 7), ("workers", {}),
+], ids=lambda value: value if isinstance(value, str) else type(value).__name__)  # fmt: skip
+def test_settings_that_no_flag_can_say(tmp_path, name, value):
+    run = saved_run(tmp_path, config=SAVED["config"] | {name: value})
+    with pytest.raises(UserError, match="that no run can have had: .*(sizes|epochs|rate|out|workers)") as error:
+        resume(out=str(run), resume="")
+    assert str(run / "last.pt") in str(error.value) and len(str(error.value)) < 400
+
+
+def test_settings_of_another_age(tmp_path):
+    """Flags that are no more are forgotten, new ones have their defaults, numbers may be whole."""
+    run = saved_run(tmp_path, config=dict(epochs=30, rate=1, gone="x", resume="other.pt"))
+    _, args, _ = resume(out=str(run), resume="")
+    assert (args.epochs, args.rate, args.new, args.resume) == (30, 1, 1, "") and "gone" not in vars(args)
 
 
 @pytest.mark.parametrize("changes", [dict(method="other")] + [{name: None} for name in SAVED], ids=str)
