@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import errno
 import hashlib
 import io
 import itertools
@@ -35,6 +36,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks, token_counts
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 MAX_SKIPPED_IN_A_ROW = 10
 MAX_WORKERS = 128  # of one process; a thousand would bring a machine to its knees
@@ -766,9 +772,10 @@ def fit(
 
     announcement = announce()  # by all processes: it times their steps
     temporary = tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out)
-    with resumable(args, world), temporary as folder:
+    with resumable(args, world), temporary as folder, contextlib.ExitStack() as held:
         if world.is_main:
             out = prepare_folder(args, Path(folder))
+            held.enter_context(claim(out))
             print(announcement)
 
         def save() -> None:
@@ -930,10 +937,29 @@ def linear_accuracy(
 # --- files of a run ---------------------------------------------------------------------------------------------------
 
 
+def claim(out: Path) -> BinaryIO:
+    """Take a run folder for this process, until the file returned is closed or the process ends, however it does.
+
+    Raises UserError where another process has taken it. Nothing is guarded on file systems that have no locks, and on
+    Windows, which at least does not move a folder with an open file.
+    """
+    file = open(out / "args.json", "r+b")
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.close()
+            raise UserError(f"a run that is still going writes to {out}: end it, or choose another --out") from None
+    return file
+
+
 def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
     """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
     last = out / "last.pt"
     try:
+        if (out / "args.json").exists():
+            claim(out).close()
         if last.exists() and (args.resume is None or not last.samefile(args.resume or last)):
             numbers = (out.with_name(f"{out.name}-{i}") for i in itertools.count(1))
             aside = next(folder for folder in numbers if not folder.exists())

@@ -73,6 +73,7 @@ SETTINGS = dict(
         proposals=8,
     ),
 )  # fmt: skip
+SILENT = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signals, limits and permissions")
 
 
@@ -194,6 +195,23 @@ def test_ended_by_a_signal(tmp_path, uninterrupted, name, code):
     assert assert_whole(out)["epoch"] < settings["epochs"]
     pretrain.main(command[2:])
     assert_same_run(whole, out)
+
+
+@POSIX
+def test_two_runs_in_one_folder(tmp_path, capsys):
+    """The second is refused, and the first one's end, even a sudden one, leaves the folder free."""
+    out = tmp_path / "run"
+    first, second = (flags(SETTINGS["pretrain"] | dict(epochs=epochs, out=out)) for epochs in (1000, 2))
+    with subprocess.Popen([sys.executable, str(ROOT / "pretrain.py"), *first], env=ENVIRONMENT, **SILENT) as process:
+        kill.wait_for(lambda: (out / "last.pt").exists() and len(log(out)) > 1, process, "second epoch")
+        try:
+            ends = [end_of(capsys, "pretrain", words) for words in (second, ["--resume", out / "last.pt"])]
+        finally:
+            process.kill()
+    assert ends == 2 * [(2, [f"error: a run that is still going writes to {out}: end it, or choose another --out"])]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"] and assert_whole(out)["epoch"] > 1
+    train("pretrain", out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run-1"]
 
 
 def test_interrupted_while_torch_writes(tmp_path):
