@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import engine
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -143,6 +144,17 @@ def wrap(monkeypatch, owner, name, before=None, after=None):
         return result
 
     monkeypatch.setattr(owner, name, wrapper)
+
+
+def score_few(monkeypatch, count):
+    """Let scripts score `count` of the built-in validation images: all 2,000 would take most of the time of a test."""
+    honest = data.validation_images
+
+    def few(name, root, download, image_size, limit=None, class_to_idx=None):
+        limit = count if name == "shapes" and limit is None else limit
+        return honest(name, root, download, image_size, limit, class_to_idx)
+
+    monkeypatch.setattr(data, "validation_images", few)
 
 
 def interrupt(monkeypatch, owner, name, calls):

@@ -28,15 +28,6 @@ THREE_STEPS = dict(epochs=1, warmup_epochs=0, limit=50, clip_grad=1000)  # nothi
 METHODS = {"mae": TINY | dict(method="mae", decoder_dim=16, decoder_heads=2), "simmim": TINY | dict(method="simmim")}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums in the same order here as in the processes that tests start."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def small(method, **changes):
     """A model whose biases, norms and tokens are not what they start from."""
     torch.manual_seed(0)

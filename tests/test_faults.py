@@ -53,6 +53,7 @@ from helpers import (
     limits,
     load,
     log,
+    score_few,
     tensors,
     wrap,
     write_classes,
@@ -80,13 +81,7 @@ POSIX = pytest.mark.skipif(os.name != "posix", reason="Windows has no such signa
 @pytest.fixture(autouse=True, scope="module")
 def few_images_to_score():
     with pytest.MonkeyPatch.context() as patch:
-        honest = data.validation_images
-
-        def some(name, root, download, image_size, limit=None, class_to_idx=None):
-            limit = 20 if name == "shapes" and limit is None else limit
-            return honest(name, root, download, image_size, limit, class_to_idx)
-
-        patch.setattr(data, "validation_images", some)
+        score_few(patch, 20)
         patch.setitem(data.NUM_SCENES, "train", 4)
         patch.setitem(data.NUM_SCENES, "val", 2)
         yield

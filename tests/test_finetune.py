@@ -31,6 +31,7 @@ from helpers import (
     load,
     log,
     run_process,
+    score_few,
     tensors,
     torchrun,
     wrap,
@@ -53,15 +54,8 @@ RANDOM = SCRATCH | dict(
 
 @pytest.fixture(autouse=True, scope="module")
 def few_images_to_score():
-    """2,000 validation images would take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        honest = data.validation_images
-
-        def some(name, root, download, image_size, limit=None, class_to_idx=None):
-            limit = 50 if name == "shapes" and limit is None else limit
-            return honest(name, root, download, image_size, limit, class_to_idx)
-
-        patch.setattr(data, "validation_images", some)
+        score_few(patch, 50)
         yield
 
 

@@ -24,7 +24,7 @@ import detect
 import engine
 import finetune
 import pretrain
-from helpers import flags, limits, write_classes, write_images
+from helpers import flags, limits, score_few, write_classes, write_images
 
 SCRIPTS = dict(pretrain=pretrain, finetune=finetune, detect=detect)
 CASES = dict(pretrain=120, finetune=120, detect=80)  # of each seed
@@ -95,13 +95,7 @@ def place(tmp_path_factory):
 @pytest.fixture(autouse=True, scope="module")
 def few_images_to_score():
     with pytest.MonkeyPatch.context() as patch:
-        honest = data.validation_images
-
-        def some(name, root, download, image_size, limit=None, class_to_idx=None):
-            limit = 20 if name == "shapes" and limit is None else limit
-            return honest(name, root, download, image_size, limit, class_to_idx)
-
-        patch.setattr(data, "validation_images", some)
+        score_few(patch, 20)
         patch.setattr(torch, "compile", lambda model, **options: model)  # takes a minute
         patch.setitem(data.NUM_SCENES, "train", 4)
         patch.setitem(data.NUM_SCENES, "val", 2)

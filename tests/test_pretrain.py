@@ -49,15 +49,6 @@ TINY = dict(
 RANDOM = TINY | dict(epochs=3, drop_path=0.3, criterion="random", min_crop=0.5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums in the same order here as in the processes that tests start."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 

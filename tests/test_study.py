@@ -6,7 +6,6 @@ import shlex
 import subprocess
 
 import pytest
-import torch
 
 import data
 import finetune
@@ -41,16 +40,6 @@ def cells(text):
     """The rows of a Markdown table: label -> cells."""
     rows = [[word.strip() for word in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in rows[2:]}
-
-
-@pytest.fixture
-def one_thread(monkeypatch):
-    """Sums in the same order here as in the processes that the study starts."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -173,8 +162,9 @@ def test_another_run_in_the_folder_is_refused(tmp_path):
 # --- running ----------------------------------------------------------------------------------------------------------
 
 
-def test_study(tmp_path, monkeypatch, capfd, small_study, one_thread):
+def test_study(tmp_path, monkeypatch, capfd, small_study):
     """All runs, then none again; an interrupted one goes on to the same end; a table of the scripts' own numbers."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # sums in the same order in the processes that it starts as here
     out = tmp_path / "study"
     first = study.command("a", 3, out, [])[1:]
     with monkeypatch.context() as patch:
