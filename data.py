@@ -50,7 +50,10 @@ DECODING_ERRORS = (
 
 
 class UnreadableImage(Exception):
-    """An image file that cannot be decoded; the message names the file."""
+    """An image file that cannot be decoded; the message, one printable line, names the file."""
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 # --- image files ------------------------------------------------------------------------------------------------------
@@ -72,7 +75,7 @@ def read_image(path: str | Path) -> Tensor:
                     pass  # rare encodings, or broken: Pillow knows
             return tvf.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
     except DECODING_ERRORS as error:
-        raise UnreadableImage(printable(f"{path}: {error}")) from None
+        raise UnreadableImage(f"{path}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -361,13 +364,12 @@ def unlabelled_images(name: str, root: Path, download: bool, limit: int | None, 
     else:
         folder = Path(name)
         images = ImageFiles(folder / "train" if (folder / "train").is_dir() else folder)
-    chosen = at_most(images, limit)
-    check_limit(limit, chosen)
-    return chosen
+    check_limit(limit, images)
+    return at_most(images, limit)
 
 
 def check_limit(limit: int | None, images: Dataset) -> None:
-    """Raise UserError where `--limit` asked for more than these images, which are what it left."""
+    """Raise UserError where `--limit` asks for more than these images."""
     if limit is not None and not 0 < limit <= len(images):
         raise UserError(f"--limit {limit} must be between 1 and the {len(images)} images there are")
 
@@ -669,9 +671,7 @@ class CocoDetection(torchvision.datasets.CocoDetection):
         except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(f"--data: {annotations} is no annotation file in COCO's format ({reason(error)})") from None
         self.use_categories([(category, self.coco.cats[category]["name"]) for category in sorted(self.coco.cats)])
-        if limit is not None and limit < len(self.ids):
-            chosen = torch.randperm(len(self.ids), generator=generator("limit"))[:limit]
-            self.ids = sorted(self.ids[i] for i in chosen.tolist())
+        self.ids = sorted(at_most(self.ids, limit))
 
     def use_categories(self, categories: list[tuple[int, str]]) -> None:
         """Number the labels by these ids and names, of another split say, instead of by its own. Raises UserError."""

@@ -135,6 +135,9 @@ def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str,
         args = argparse.Namespace(**(vars(args) | engine.settings_left_to(saved, KEPT, given)))
     else:
         args, checkpoint = engine.resume_settings(parser, args, given, ("detect",))
+    if checkpoint is not None:
+        needed = dict(encoder=dict, model=dict, categories=list, learned_positions=bool)
+        engine.require(checkpoint, args.eval or args.resume or Path(args.out) / "last.pt", **needed)
     if len(args.drop_ratio) > 1 and (args.results or args.eval is None):
         raise UserError(f"--drop-ratio takes one number, but with --eval and no --results; got {args.drop_ratio}")
     if args.eval is not None and args.resume is not None:

@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 import copy
-import errno
+import functools
 import hashlib
 import io
 import itertools
@@ -47,7 +47,7 @@ MAX_WORKERS = 128  # of one process; a thousand would bring a machine to its kne
 PATIENCE = timedelta(minutes=30)  # of a process with the others, which wait while one scores and saves
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
-# for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (`--center`).
+# for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (`--center`, a probe's BatchNorm).
 FREE = (
     "data_root", "download", "workers", "device", "micro_batch", "compile", "checkpointing", "out", "resume", "dry_run",
     "per_class", "results",
@@ -171,11 +171,7 @@ def add_flag(group: Any, flag: str, default: Any, text: str, **options: Any) -> 
 
 def add_run_flags(parser: argparse.ArgumentParser, recipes: dict[str, dict[str, Any]], out: str, files: str) -> None:
     """The flags about a run as such. `out` is its folder, `files` what it holds."""
-    group = parser.add_argument_group("run")
-
-    def add(*arguments: Any, **options: Any) -> None:
-        add_flag(group, *arguments, **options)
-
+    add = functools.partial(add_flag, parser.add_argument_group("run"))
     add("--recipe", "laptop", "settings to start from; flags given win", choices=recipes)
     add("--out", out, f"run folder: {files}", metavar="FOLDER")
     add("--resume", None, "continue the run in --out, or FILE, with its settings", nargs="?", const="", metavar="FILE")
@@ -212,25 +208,35 @@ def saved_settings(checkpoint: dict[str, Any], parser: argparse.ArgumentParser, 
 
     They are turned into words and parsed: a stranger's file may name anything a setting.
     """
-    config = checkpoint.get("config")
-    if not isinstance(config, dict):
-        raise UserError(f"{path} does not hold the settings of its run")
+    require(checkpoint, path, config=dict)
+    unfit = f"{path} holds settings that no run can have had"
     known = vars(parser.parse_args([])).keys() - OWN
-    saved, words = {name: value for name, value in config.items() if name in known}, []
+    saved, words = {name: value for name, value in checkpoint["config"].items() if name in known}, []
     for name, value in saved.items():
         flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list):
+        if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
             words += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            words.append(flag if value is True else f"{flag}={value}")
+        elif value is True:
+            words.append(flag)
+        elif isinstance(value, str | int | float) and value is not False:
+            words.append(f"{flag}={value}")
+        elif value is not None and value is not False:  # not put into words: lists in lists may have no end
+            raise UserError(f"{unfit}: {name} is a {type(value).__name__}")
     try:
         parsed, _ = parse_arguments(parser, {}, words)
     except UserError as error:
-        raise UserError(f"{path} holds settings that no run can have had: {error}") from None
-    for name, value in saved.items():  # lists may hold other flags, and only words can be numbers
-        if not isinstance(value, str | int | float | list | None) or getattr(parsed, name) != value:
-            raise UserError(f"{path} holds settings that no run can have had: {name} is {str(value)[:80]}")
+        raise UserError(f"{unfit}: {str(error)[:200]}") from None
+    for name, value in saved.items():
+        if getattr(parsed, name) != value:  # such as words where there should be a number
+            raise UserError(f"{unfit}: {name} is {str(value)[:80]}")
     return saved
+
+
+def require(checkpoint: dict[str, Any], path: str | Path, **kinds: type) -> None:
+    """Raise UserError where a checkpoint from `path` lacks an entry of these names and kinds."""
+    for name, kind in kinds.items():
+        if not isinstance(checkpoint.get(name), kind):
+            raise UserError(f"{path} is not a whole checkpoint of this script: it has no {kind.__name__} {name!r}")
 
 
 def settings_left_to(config: dict[str, Any], names: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -293,6 +299,9 @@ def resume_settings(
         raise UserError(
             f"{path} is not a checkpoint of this script that can be continued (method {' or '.join(methods)}, last.pt)"
         )
+    for row in checkpoint["history"]:
+        if not isinstance(row, dict) or not all(isinstance(value, int | float | None) for value in row.values()):
+            raise UserError(f"{path} holds a log that no run can have written")
     saved = saved_settings(checkpoint, parser, path)
     check_settings(saved, {name: value for name, value in given.items() if name not in FREE}, path)
     return argparse.Namespace(**(vars(args) | saved | {"out": str(path.parent)} | given)), checkpoint
@@ -773,9 +782,9 @@ def fit(
     announcement = announce()  # by all processes: it times their steps
     temporary = tempfile.TemporaryDirectory() if args.dry_run else contextlib.nullcontext(args.out)
     with resumable(args, world), temporary as folder, contextlib.ExitStack() as held:
+        out = Path(folder)
         if world.is_main:
-            out = prepare_folder(args, Path(folder))
-            held.enter_context(claim(out))
+            held.enter_context(prepare_folder(args, out))
             print(announcement)
 
         def save() -> None:
@@ -940,22 +949,23 @@ def linear_accuracy(
 def claim(out: Path) -> BinaryIO:
     """Take a run folder for this process, until the file returned is closed or the process ends, however it does.
 
-    Raises UserError where another process has taken it. Nothing is guarded on file systems that have no locks, and on
-    Windows, which at least does not move a folder with an open file.
+    Raises UserError where another process has taken it. Of two that start at the same instant both may pass. Nothing is
+    guarded on file systems that have no locks, and on Windows, which at least does not move a folder with an open file.
     """
     file = open(out / "args.json", "r+b")
     try:
         if fcntl is not None:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.close()
-            raise UserError(f"a run that is still going writes to {out}: end it, or choose another --out") from None
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"a run that is still going writes to {out}: end it, or choose another --out") from None
+    except OSError:
+        pass  # there are no locks here
     return file
 
 
-def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
-    """Make the run folder; a run that is there already, and is not to be continued, is moved aside, not overwritten."""
+def prepare_folder(args: argparse.Namespace, out: Path) -> BinaryIO:
+    """Make and claim the run folder; a run that is there already, and not to be continued, is moved aside."""
     last = out / "last.pt"
     try:
         if (out / "args.json").exists():
@@ -971,7 +981,7 @@ def prepare_folder(args: argparse.Namespace, out: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: "." has no name to add a number to
         raise UserError(f"--out {out} cannot be written ({reason(error)})") from None
     replace_file(out / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
-    return out
+    return claim(out)
 
 
 def best_checkpoint(out: str) -> Path:

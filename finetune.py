@@ -306,7 +306,10 @@ def evaluate(args: argparse.Namespace, given: dict[str, Any], world: World) -> N
     reductions = [
         engine.token_reduction(args, len(encoder.blocks), encoder.num_patches, ratio) for ratio in args.drop_ratio
     ]
-    names = checkpoint["classes"] if ours else None  # a public file's are taken to be the data's, in order
+    names = None  # a public file's are taken to be the data's, in order
+    if ours:
+        engine.require(checkpoint, args.eval, classes=list)
+        names = list(map(str, checkpoint["classes"]))
     with engine.one_at_first(world, needed=args.download):
         numbers = names and {name: i for i, name in enumerate(names)}
         root, size = Path(args.data_root), encoder.image_size
@@ -486,7 +489,7 @@ def main(argv: list[str] | None = None) -> None:
     history = engine.fit(
         trainer,
         run=dict(
-            method="finetune", config=vars(args), encoder=encoder.arguments, pool=args.pool, classes=list(names),
+            method="finetune", config=vars(args), encoder=encoder.arguments, pool=args.pool, classes=names,
             num_images=len(train),
         ),
         checkpoint=checkpoint,

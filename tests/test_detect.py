@@ -1023,6 +1023,16 @@ def test_evaluation_alone_says_the_same(finished, monkeypatch, tmp_path, capsys)
     assert isinstance(json.loads((tmp_path / "found.json").read_text()), list)
 
 
+@pytest.mark.parametrize("name", ["encoder", "model", "categories", "learned_positions"])
+def test_half_a_checkpoint(finished, tmp_path, name):
+    content = torch.load(finished / "last.pt", weights_only=True)
+    del content[name]
+    torch.save(content, tmp_path / "last.pt")
+    for flag in ("--eval", "--resume"):
+        with pytest.raises(UserError, match=f"last.pt is not a whole checkpoint of this script: it has no .* '{name}'"):
+            detect.main([flag, str(tmp_path / "last.pt")])
+
+
 def test_evaluation_at_several_ratios(finished, capsys):
     command = ["--eval", str(finished / "last.pt"), "--drop-ratio", "0", "0.5", "--drop-blocks", "0", "--limit", "3"]
     detect.main(command)

@@ -1362,6 +1362,9 @@ SAVED = dict(
     method="tiny", config=dict(epochs=30, rate=0.2, out="elsewhere", workers=4, sizes=[8]), history=[], num_images=12,
     epoch=3, optimizer={},
 )  # fmt: skip
+ENDLESS: list = [8]
+for _ in range(40):  # 2^40 numbers when written out, a few bytes in a file
+    ENDLESS = [ENDLESS, ENDLESS]
 COMMAND = dict(epochs=10, rate=0.5, out="runs/tiny", workers=0, sizes=[16], resume=None, new=1)
 
 
@@ -1413,7 +1416,7 @@ def test_flags_that_change_no_result_are_free(tmp_path, name):
     ("epochs", "x"), ("epochs", 1.5), ("epochs", None), ("epochs", True), ("epochs", [3]), ("epochs", 10**30),
     ("rate", "fast"), ("rate", math.nan), ("rate", torch.ones(2)), ("rate", "0.2"), ("sizes", 8),
     ("sizes", ["8", "--epochs", "3"]), ("sizes", [torch.tensor(8)]), ("sizes", []), ("out", torch.tensor(3)),
-    ("out", 7), ("workers", {}),
+    ("out", 7), ("workers", {}), ("sizes", [8, "-h"]), ("sizes", ENDLESS),
 ], ids=lambda value: value if isinstance(value, str) else type(value).__name__)  # fmt: skip
 def test_settings_that_no_flag_can_say(tmp_path, name, value):
     run = saved_run(tmp_path, config=SAVED["config"] | {name: value})
@@ -1435,6 +1438,12 @@ def test_checkpoints_that_cannot_be_continued(tmp_path, changes):
     with pytest.raises(UserError, match="cannot|can be continued") as error:
         resume(out=str(run), resume="")
     assert str(run / "last.pt") in str(error.value) and "tiny" in str(error.value)
+
+
+@pytest.mark.parametrize("history", [[1], [dict(loss="x")], [dict(loss=[1])], [dict(epoch=1), None]])
+def test_a_log_that_no_run_can_have_written(tmp_path, history):
+    with pytest.raises(UserError, match="last.pt holds a log that no run can have written"):
+        resume(out=str(saved_run(tmp_path, history=history)), resume="")
 
 
 def test_nothing_to_resume(tmp_path):

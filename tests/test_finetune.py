@@ -472,6 +472,13 @@ def test_eval_uses_what_it_was_trained_with(tmp_path, capsys):
     assert "dropping after blocks [0]" in (text := capsys.readouterr().out) and rows_of(text)[0.5][0] == 8
 
 
+def test_eval_needs_the_classes(finished, tmp_path):
+    for classes in (None, 5):
+        torch.save(torch.load(finished / "best.pt", weights_only=True) | dict(classes=classes), tmp_path / "best.pt")
+        with pytest.raises(UserError, match="best.pt is not a whole checkpoint .*: it has no list 'classes'"):
+            run(eval=tmp_path / "best.pt")
+
+
 def test_tokens_while_training(monkeypatch, tmp_path, capsys):
     seen = []
     wrap(monkeypatch, model.Block, "forward", before=lambda _, x: seen.append(x.shape[1]))
