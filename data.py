@@ -554,8 +554,12 @@ class Views(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed(self.seed, "view", *key))
             image, label, unreadable = self.read(key[1])
-            view = self.view(image)
-        return view if self.channels == 3 else tvf.rgb_to_grayscale(view), label, unreadable
+            image, label = self.show(image, label)
+        return image if self.channels == 3 else tvf.rgb_to_grayscale(image), label, unreadable
+
+    def show(self, image: Tensor, label: Any) -> tuple[Tensor, Any]:
+        """The view of an image, and what becomes of its label."""
+        return self.view(image), label
 
     def read(self, index: int) -> tuple[Tensor, int, list[str]]:
         """Image `index`, or where that is unreadable another one; its label; messages about the unreadable ones."""
@@ -925,15 +929,11 @@ def detection_view(crop_share: float) -> Callable[[Tensor, Target], tuple[Tensor
 class DetectionViews(Views):
     """As `Views`, for images with targets; what stands for an unreadable one has no objects, and image id -1."""
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Target, list[str]]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(derive_seed(self.seed, "view", *key))
-            image, target, unreadable = self.read(key[1])
-            if target == -1:
-                target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
-                target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
-            image, target = self.view(image, target)
-        return image if self.channels == 3 else tvf.rgb_to_grayscale(image), target, unreadable
+    def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
+        if target == -1:
+            target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
+            target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
+        return self.view(image, target)
 
 
 def collate_detection(samples: list[tuple[Tensor, Target, list[str]]]) -> tuple[list[Tensor], list[Target], list[str]]:

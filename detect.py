@@ -476,7 +476,7 @@ class Trainer(engine.Trainer):
 
     def example(self) -> tuple[list[Tensor], list[Target]]:
         """Noise of the largest usual size, with four boxes and masks in each image."""
-        number = self.args.batch_size // self.world.size // self.accumulate
+        number = self.loader.batch_size
         height = self.args.short_side[-1]
         width = min(self.args.long_side, height if self.args.data == "shapes" else height * 4 // 3)
         shape = self.model.backbone.encoder.arguments["channels"], height, width

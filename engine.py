@@ -708,12 +708,12 @@ class Trainer:
     def describe_steps(self) -> str:
         """Two lines on what is about to happen, and how long it will take here."""
         args = self.args
-        micro_batch = args.batch_size // self.world.size // self.accumulate
         rate = "--lr" if args.lr is not None else f"{args.blr:g} * {args.batch_size} / 256"
         seconds = self.seconds_per_step() * (self.total_steps - self.step)
         return (
             f"steps   {self.total_steps:,}, each {args.batch_size} images = {self.world.size} process(es) x "
-            f"{self.accumulate} micro-batch(es) x {micro_batch}; peak learning rate {self.peak_lr:.3g} = {rate}\n"
+            f"{self.accumulate} micro-batch(es) x {self.loader.batch_size}; "
+            f"peak learning rate {self.peak_lr:.3g} = {rate}\n"
             f"time    about {duration(seconds)} on {self.world.device}"
         )
 

@@ -221,7 +221,7 @@ class Trainer(engine.Trainer):
         return loss, loss.new_zeros(0)
 
     def example(self) -> tuple[Tensor, Tensor]:
-        size = self.args.batch_size // self.world.size // self.accumulate
+        size = self.loader.batch_size
         images = torch.randint(256, (size, self.args.channels, *self.model.encoder.image_size)).byte()
         return images, torch.randint(self.model.head.out_features, (size,))
 

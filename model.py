@@ -296,6 +296,7 @@ class PCAEOutput(NamedTuple):
 class PCAE(nn.Module):
     """Progressively Compressed Auto-Encoder. `student` is what you keep; `teacher` is its moving average.
 
+    `center`, which is not in the paper, takes from the targets the mean over all tokens of the images.
     Raises ValueError where the ratios, stages and sizes do not fit together.
     """
 
@@ -342,8 +343,8 @@ class PCAE(nn.Module):
         target, retained = self.forward_teacher(images, masked)
         latent = self.student(images, visible).tokens
         prediction = self.decoder(latent, visible, retained)
-        loss = cosine_loss(prediction, centered(target) if self.center else target)
-        return PCAEOutput(loss, visible, masked, retained, prediction, target)
+        goal = target - target.mean(dim=(0, 1)) if self.center else target  # what all share says nothing of any
+        return PCAEOutput(cosine_loss(prediction, goal), visible, masked, retained, prediction, target)
 
     @torch.no_grad()
     def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
@@ -384,11 +385,6 @@ def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
     """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
-
-
-def centered(target: Tensor) -> Tensor:
-    """Targets (B, R, D) without the mean of all of them, which says nothing about any. Not in the paper."""
-    return target - target.mean(dim=(0, 1))
 
 
 @torch.no_grad()

@@ -177,7 +177,7 @@ class Trainer(engine.Trainer):
             yield images, part
 
     def example(self) -> tuple[Tensor, Tensor]:
-        size = self.args.batch_size // self.world.size // self.accumulate
+        size = self.loader.batch_size
         student = self.model.student
         images = torch.randint(256, (size, self.args.channels, *student.image_size)).byte()
         return images, torch.rand(size, student.num_patches).to(self.world.device)
