@@ -147,7 +147,7 @@ ALL = FEATURES | {f"{share} of labels": (f"-{share}", "top1") for share in LABEL
 PTR = {f"drop ratio {ratio}": ("-eval", ratio) for ratio in RATIOS}
 TABLES = [
     Table(
-        "0", "Learning rates", FEATURES,
+        "0", "Learning rates", TARGETS,
         {name.replace("-", ", --blr ", 1): name for name in RUNS if re.fullmatch(r"(pcae|mae|simmim)-\d.*e-3", name)},
         seeds=(0,),
     ),
