@@ -84,12 +84,15 @@ SCRATCH, SCRATCH_FLAGS = "scratch-both", "--layer-decay 1 --blr 8e-3"
 # 1 and 2. Each method and training from scratch, on few labels and many; longer runs of what costs more.
 for share, flags in LABELS.items():
     RUNS |= {f"{name}-{share}": f"finetune.py --init {{{name}}} {flags}" for name in (UNIT, MAE, SIMMIM)}
-    RUNS[f"{SCRATCH}-{share}"] = f"finetune.py --init none {flags} {SCRATCH_FLAGS}".strip()
+    RUNS[f"{SCRATCH}-{share}"] = f"finetune.py --init none {flags} {SCRATCH_FLAGS}"
 RUNS["mae-long"] = pretraining(10, "--method mae --blr 16e-3")
 RUNS["simmim-long"] = pretraining(10, "--method simmim --blr 16e-3")
-RUNS["scratch-long-1%"] = f"finetune.py --init none {LABELS['1%']} --epochs 550 {SCRATCH_FLAGS}"
-RUNS["scratch-long-10%"] = f"finetune.py --init none --label-fraction 0.1 --epochs 55 {SCRATCH_FLAGS}".strip()
-RUNS["scratch-long-100%"] = f"finetune.py --init none --epochs 7 {SCRATCH_FLAGS}".strip()
+for share, flags in (
+    ("1%", "--label-fraction 0.01 --epochs 550 --batch-size 10 --lr 8e-4"),
+    ("10%", "--label-fraction 0.1 --epochs 55"),
+    ("100%", "--epochs 7"),
+):
+    RUNS[f"scratch-long-{share}"] = f"finetune.py --init none {flags} {SCRATCH_FLAGS}"
 
 # 3, 4 and 6. PCAE with one setting changed.
 CHANGES = {
