@@ -8,7 +8,8 @@
 
 Two at once share nothing if each has its own seeds.
 
-The design, written before the first run. The unit is PCAE for 10 epochs of 10,000 images, half of what `pretrain.py`
+The design, written before the first run, but for fine-tuning, made shorter before any was run, and for what was *asked
+later*. The unit is PCAE for 10 epochs of 10,000 images, half of what `pretrain.py`
 does: far from where every method is right for every image, so that differences can show. What such a run costs in
 multiply-accumulates buys 7 epochs of MAE with the same light decoder, or 5 of SimMIM. Warm-up is 15 % of each run.
 
@@ -285,7 +286,7 @@ def is_finished(name: str, seed: int, out: Path, extra: list[str]) -> bool:
     """Whether a run is in its folder, whole. Raises UserError where another one is."""
     words, path = command(name, seed, out, extra), folder(name, seed, out)
     if "--eval" in words:
-        return (path / "scores.txt").exists()
+        return (path / "scores.txt").exists() and is_finished(starts_from(name), seed, out, extra)
     rows = read_log(path / "metrics.jsonl")
     if not rows:
         return False
@@ -323,35 +324,39 @@ def cost(words: list[str]) -> float:
     return engine.count_macs(model, image, backward=True) * args.epochs / 1e9
 
 
-def score(path: Path, metric: str) -> float | None:
-    """A number in [0, 1] from a run's folder: its log's after the last epoch, or of a drop ratio."""
+def score(path: Path, metric: str) -> float:
+    """A number in [0, 1] from a run's folder: its log's after the last epoch, or of a drop ratio. Raises UserError."""
     if metric in RATIOS:
-        lines = [line.split() for line in (path / "scores.txt").read_text().splitlines()]
-        return next(float(line[3].rstrip("%")) / 100 for line in lines if line[:1] == [metric])
+        for line in (path / "scores.txt").read_text().splitlines():
+            if line.split()[:1] == [metric]:
+                return float(line.split()[3].rstrip("%")) / 100
+        raise UserError(f"{path / 'scores.txt'} does not say what drop ratio {metric} gives: delete it, run this again")
     row = read_log(path / "metrics.jsonl")[-1]
     return 1 - row["target_std"] ** 2 if metric == "shared" else row[metric]
 
 
-def cell(name: str, metric: str, out: Path, extra: list[str]) -> str:
-    """What a table says of a run: the mean over all seeds that are finished, with the lowest and the highest."""
+def cell(name: str, metric: str, out: Path, extra: list[str], only: list[int] | None) -> str:
+    """What a table says of a run: the mean over the seeds that are finished, with the lowest and the highest."""
     if name not in RUNS:
         return ""
     if metric == "cost":
         return f"{cost(command(name, 0, out, extra)):.2f}" if RUNS[name].startswith("pretrain.py") else ""
     folders = (out / (starts_from(name) if " --eval " in RUNS[name] else name)).glob("seed-*")
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in folders if path.name[5:].isdigit())
-    values = [100 * score(folder(name, seed, out), metric) for seed in seeds if is_finished(name, seed, out, extra)]
+    seeds = [seed for seed in seeds if seed in (only or seeds) and is_finished(name, seed, out, extra)]
+    values = [100 * score(folder(name, seed, out), metric) for seed in seeds]
     if not values:
         return "-"
     text = f"{sum(values) / len(values):.1f}"
     return text if len(values) == 1 else f"{text} ({min(values):.1f} to {max(values):.1f})"
 
 
-def markdown(table: Table, out: Path, extra: list[str]) -> str:
-    """A table of what is finished; empty cells are no runs, dashes runs to come."""
+def markdown(table: Table, out: Path, extra: list[str], only: list[int] | None = None) -> str:
+    """A table of what is finished, of `only` some seeds; empty cells are no runs, dashes runs to come."""
     lines = [["", *table.columns], ["---"] * (1 + len(table.columns))]
     for label, base in table.rows.items():
-        lines.append([label, *(cell(base + suffix, metric, out, extra) for suffix, metric in table.columns.values())])
+        columns = table.columns.values()
+        lines.append([label, *(cell(base + suffix, metric, out, extra, only) for suffix, metric in columns)])
     rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     return f"{table.question}. {table.title} (scores in %)\n\n{rows}\n"
 
@@ -363,7 +368,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = engine.flag_parser(__doc__)
     questions = sorted({table.question for table in TABLES})
     parser.add_argument("questions", nargs="*", metavar="QUESTION", help=f"{', '.join(questions)} (default: all)")
-    parser.add_argument("--seeds", type=int, nargs="+", metavar="SEED", help="(default: 0 1 2; one where it says so)")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", metavar="SEED", help="to run and to show (default: run 0 1 2, or 0, show all)"
+    )
     parser.add_argument("--out", default="runs/study", metavar="FOLDER", help="of all runs (default: runs/study)")
     parser.add_argument("--data", help="other than shapes: cifar10, stl10, a folder with train/ and val/")
     parser.add_argument("--data-root", metavar="FOLDER", help="where torchvision's sets lie")
@@ -386,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
             elif not done:
                 run(name, seed, out, extra)
     if not args.dry_run:
-        print("\n".join(markdown(table, out, extra) for table in tables))
+        print("\n".join(markdown(table, out, extra, args.seeds) for table in tables))
 
 
 if __name__ == "__main__":

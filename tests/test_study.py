@@ -142,6 +142,24 @@ def test_table_of_seeds(tmp_path):
         "random": [cost, "71.2", "20.0", "64.0"],
         "reverse": [cost, "-", "-", "-"],
     }
+    some = cells(study.markdown(table_of("Does the criterion matter?"), tmp_path, [], [1, 2]))
+    assert some["similarity"] == [cost, "85.0", "50.0", "36.0"] and some["random"][1:] == ["71.2", "20.0", "64.0"]
+
+
+def test_scores_count_only_with_their_classifier(tmp_path):
+    """That it was scored before it was trained anew, or at other ratios, is seen."""
+    name = study.CLASSIFIERS["0.3"]
+    folder = fabricate(tmp_path, name, epoch=2, top1=0.5)
+    (folder / "scores.txt").write_text("  0.3  12  0.01  71.5%  99.0%\n")
+    table = table_of("PTR in the classifier")
+    assert set(cells(study.markdown(table, tmp_path, []))["trained at 0.3"]) == {"-"}
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+    (fabricate(tmp_path, name, top1=0.5) / "scores.txt").write_text("  0.3  12  0.01  71.5%  99.0%\n")
+    assert study.cell(f"{name}-eval", "0.3", tmp_path, [], None) == "71.5"
+    with pytest.raises(UserError, match="scores.txt does not say what drop ratio 0 gives"):
+        study.markdown(table, tmp_path, [])
 
 
 def test_table_of_labels(tmp_path):
