@@ -435,6 +435,7 @@ SECTIONS = {
 
 
 def arguments() -> argparse.ArgumentParser:
+    """All flags; the defaults take minutes on a CPU."""
     parser = engine.flag_parser(__doc__)
     parser.add_argument("section", nargs="?", default="all", choices=("all", *SECTIONS), help="which tables")
     add = functools.partial(engine.add_flag, parser)

@@ -211,19 +211,13 @@ def saved_settings(checkpoint: dict[str, Any], parser: argparse.ArgumentParser, 
     require(checkpoint, path, config=dict)
     unfit = f"{path} holds settings that no run can have had"
     known = vars(parser.parse_args([])).keys() - OWN
-    saved, words = {name: value for name, value in checkpoint["config"].items() if name in known}, []
-    for name, value in saved.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, list) and all(isinstance(item, int | float) for item in value):
-            words += [flag, *map(str, value)]
-        elif value is True:
-            words.append(flag)
-        elif isinstance(value, str | int | float) and value is not False:
-            words.append(f"{flag}={value}")
-        elif value is not None and value is not False:  # not put into words: lists in lists may have no end
+    saved = {name: value for name, value in checkpoint["config"].items() if name in known}
+    for name, value in saved.items():  # before they are put into words: lists in lists may have no end
+        numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+        if not numbers and not isinstance(value, str | int | float | None):
             raise UserError(f"{unfit}: {name} is a {type(value).__name__}")
     try:
-        parsed, _ = parse_arguments(parser, {}, words)
+        parsed, _ = parse_arguments(parser, {}, as_words(saved))
     except UserError as error:
         raise UserError(f"{unfit}: {str(error)[:200]}") from None
     for name, value in saved.items():
@@ -232,11 +226,29 @@ def saved_settings(checkpoint: dict[str, Any], parser: argparse.ArgumentParser, 
     return saved
 
 
+def as_words(settings: dict[str, Any]) -> list[str]:
+    """Settings as a command line says them: numbers and words, lists of them, True; None and False go unsaid."""
+    words = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [flag, *map(str, value)]
+        elif value is True:
+            words.append(flag)
+        elif value is not None and value is not False:
+            words.append(f"{flag}={value}")
+    return words
+
+
+def lacks(checkpoint: dict[str, Any], **kinds: type) -> list[str]:
+    """Which entries of these names and kinds a checkpoint does not have."""
+    return [name for name, kind in kinds.items() if not isinstance(checkpoint.get(name), kind)]
+
+
 def require(checkpoint: dict[str, Any], path: str | Path, **kinds: type) -> None:
     """Raise UserError where a checkpoint from `path` lacks an entry of these names and kinds."""
-    for name, kind in kinds.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise UserError(f"{path} is not a whole checkpoint of this script: it has no {kind.__name__} {name!r}")
+    for name in lacks(checkpoint, **kinds):
+        raise UserError(f"{path} is not a whole checkpoint of this script: it has no {kinds[name].__name__} {name!r}")
 
 
 def settings_left_to(config: dict[str, Any], names: Collection[str], given: dict[str, Any]) -> dict[str, Any]:
@@ -294,8 +306,7 @@ def resume_settings(
     path = Path(args.resume or Path(args.out) / "last.pt")
     checkpoint = load_checkpoint(path)
     needed = dict(config=dict, history=list, num_images=int, epoch=int, optimizer=dict)
-    whole = all(isinstance(checkpoint.get(name), kind) for name, kind in needed.items())
-    if checkpoint.get("method") not in list(methods) or not whole:
+    if checkpoint.get("method") not in list(methods) or lacks(checkpoint, **needed):
         raise UserError(
             f"{path} is not a checkpoint of this script that can be continued (method {' or '.join(methods)}, last.pt)"
         )

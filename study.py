@@ -341,7 +341,7 @@ def cell(name: str, metric: str, out: Path, extra: list[str], only: list[int] | 
         return ""
     if metric == "cost":
         return f"{cost(command(name, 0, out, extra)):.2f}" if RUNS[name].startswith("pretrain.py") else ""
-    folders = (out / (starts_from(name) if " --eval " in RUNS[name] else name)).glob("seed-*")
+    folders = folder(name, 0, out).parent.glob("seed-*")
     seeds = sorted(int(path.name.removeprefix("seed-")) for path in folders if path.name[5:].isdigit())
     seeds = [seed for seed in seeds if seed in (only or seeds) and is_finished(name, seed, out, extra)]
     values = [100 * score(folder(name, seed, out), metric) for seed in seeds]

@@ -34,7 +34,7 @@ import finetune
 import pretrain
 from data import UnreadableImage
 from engine import UserError
-from model import Classifier, ViT, find_weights, load_classifier, load_encoder, split_patches
+from model import Classifier, ViT, count_visible, find_weights, load_classifier, load_encoder, split_patches
 from ptr import CRITERIA, PTR, gather_tokens, num_kept, redundancy
 
 # Of runs and classes: most are Okabe and Ito's, which colour-blind readers can tell apart. And a scale, dark to light.
@@ -166,13 +166,11 @@ def load_subject(args: argparse.Namespace, given: dict[str, Any], checkpoint: di
             encoder = classifier.encoder
         else:
             encoder = load_encoder(checkpoint, weights=weights, **options).eval()
+        visible = count_visible(encoder.num_patches, args.mask_ratio) if args.masked or args.coverage else 0
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"--checkpoint {args.checkpoint}: {error}") from None
     if classifier is not None and args.masked:
         raise UserError(f"--masked is not for {args.checkpoint}: a classifier sees whole images")
-    visible = num_kept(encoder.num_patches, args.mask_ratio) if args.masked or args.coverage else 0
-    if (args.masked or args.coverage) and not 0 < visible < encoder.num_patches:
-        raise UserError(f"--mask-ratio {args.mask_ratio:g} leaves {visible} of {encoder.num_patches} patches visible")
     ptr = engine.token_reduction(args, len(encoder.blocks), encoder.num_patches - visible, args.drop_ratio)
     if not ptr.blocks:
         raise UserError("nothing would be dropped: raise --drop-ratio and --drop-stages")
@@ -484,12 +482,9 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], names: list[str], thre
 def draw_detections(args: argparse.Namespace, given: dict[str, Any], device: torch.device) -> Tensor:
     """What a detector finds in images, up to four of them beside each other: uint8 (3, H, W)."""
     check_used(given, "a detector")
-    settings, checkpoint = detect.read_settings(["--eval", args.checkpoint])
-    flags = {name: given[name] for name in KEPT if name in given}
-    flags |= dict(drop_ratio=[args.drop_ratio]) if "drop_ratio" in given else {}
-    if given.keys() & {"drop_stages", "drop_at"}:
-        flags.setdefault("drop_blocks")  # not the file's
-    model = detect.load_detector(argparse.Namespace(**(vars(settings) | flags)), checkpoint).to(device).eval()
+    flags = engine.as_words({name: given[name] for name in KEPT if name in given})
+    settings, checkpoint = detect.read_settings(["--eval", args.checkpoint, *flags])
+    model = detect.load_detector(settings, checkpoint).to(device).eval()
     engine.seed_generators(device, args.seed)
     size = (settings.short_side[-1],) * 2
     images = read_images(
