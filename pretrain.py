@@ -1,45 +1,36 @@
 """Pre-train a vision transformer with PCAE (panel a of the poster), or with MAE or SimMIM to compare.
 
-    python pretrain.py                                              built-in data, any laptop, about five minutes
+    python pretrain.py                                              built-in data, any laptop, three minutes
     python pretrain.py --data FOLDER                                your images
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER --recipe imagenet        the paper's run
     python pretrain.py --method mae --out runs/mae                  MAE in its place; or simmim
+    python pretrain.py --resume                                     go on with the run in --out
 """
 
 import argparse
-import functools
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import math
+import time
 
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import data
-import engine
+import runs
+import scores
+import training
 from baselines import MAE, SimMIM
-from engine import UserError, World
-from model import MODELS, PCAE, ViT, mean_direction, pool, spread
-from ptr import PTR, drop_blocks
-
-METHODS = {"pcae": PCAE, "mae": MAE, "simmim": SimMIM}
-# Flags that only some methods have a use for.
-DECODER = ("decoder_dim", "decoder_depth", "decoder_heads")
-PCAE_ONLY = ("ema", "center", "drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion")
-ONLY_FOR = {name: ("pcae",) for name in PCAE_ONLY}
-ONLY_FOR |= {name: ("pcae", "mae") for name in DECODER}
-
-NEXT = "--recipe imagenet --model vit_tiny --batch-size 64 --epochs 100 --out runs/mine"
-COLLAPSED = 0.2  # spread of unit vectors below which more than 96 % of each is the direction that all share
+from model import MODELS, PCAE, ViT, pool
 
 # What `--recipe` sets; flags that are given win.
-RECIPES: dict[str, dict[str, Any]] = {
+RECIPES = {
     "laptop": {},  # the defaults below
     "imagenet": dict(
         model="vit_base", image_size=[224], patch_size=16, min_crop=0.2, mask_ratio=0.75, drop_stages=3, drop_ratio=0.5,
-        decoder_depth=2, decoder_dim=512, decoder_heads=16, ema=0.9999, epochs=300, warmup_epochs=40, batch_size=4096,
-        blr=1.5e-4, weight_decay=0.05,
+        decoder_depth=2, decoder_dim=512, decoder_heads=16, ema=0.9999, epochs=300, warmup_epochs=40.0,
+        batch_size=4096, blr=1.5e-4, weight_decay=0.05,
     ),
 }  # fmt: skip
 # The decoder of MAE's authors, who train for 800 or 1600 epochs.
@@ -47,274 +38,228 @@ RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; those that are None by default take a value that depends on the data or the model."""
-    parser = engine.flag_parser(__doc__)
-    engine.add_run_flags(parser, RECIPES, "runs/pretrain", "args.json, metrics.jsonl, last.pt")
-    data.add_data_flags(parser)
+    """All flags; what is None by default depends on the data or on other flags."""
+    parser = runs.flag_parser(__doc__)
+    runs.add_flags(parser, RECIPES, out="runs/pretrain", files="args.json, metrics.jsonl, last.pt")
+    data.add_flags(parser.add_argument_group("data").add_argument)
 
-    add = functools.partial(engine.add_flag, parser.add_argument_group("model"))
-    add("--channels", 3, "3: colour, 1: grey", choices=(1, 3))
-    add("--model", "vit_mini", "encoder", choices=MODELS)
-    add("--patch-size", None, "pixels (default: 4 for shapes and CIFAR, 8 for STL, 16 for a folder)", type=int)
-    add("--dim", None, "encoder width (default: the model's)", type=int)
-    add("--depth", None, "encoder blocks (default: the model's)", type=int)
-    add("--heads", None, "attention heads (default: the model's)", type=int)
-    add("--drop-path", 0.0, "stochastic depth of the student")
-    add("--decoder-dim", 64, "decoder width")
-    add("--decoder-depth", 2, "decoder blocks")
-    add("--decoder-heads", 4, "decoder heads")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", default="vit_mini", choices=MODELS, help="encoder")
+    add("--patch-size", type=int, help="pixels (default: 4 for small sets, 16 for a folder; see data.SETS)")
+    add("--channels", type=int, default=3, choices=(1, 3), help="3: colour, 1: grey")
+    add("--drop-path", type=float, default=0.0, help="stochastic depth of the student")
+    add("--decoder-dim", type=int, default=64, help="decoder width")
+    add("--decoder-depth", type=int, default=1, help="decoder blocks")
+    add("--decoder-heads", type=int, default=4, help="decoder heads")
 
-    add = functools.partial(engine.add_flag, parser.add_argument_group("method"))
-    add("--method", "pcae", "the paper's, or one to compare it with (the default --blr is tuned to pcae)",
-        choices=METHODS)
-    add("--mask-ratio", 0.75, "share of the patches hidden from the student and, in PCAE, shown to the teacher")
-    add("--drop-ratio", 0.5, "share of its tokens that each stage drops")
-    engine.add_ptr_flags(add)
-    add("--ema", 0.9999, "momentum of the teacher at the start; rises to 1")
-    add("--center", False, "take from the targets what all of a micro-batch share (not in the paper)",
-        action="store_true")
+    add = parser.add_argument_group("method").add_argument
+    add("--method", default="pcae", choices=("pcae", "mae", "simmim"), help="the paper's, or one to compare it with "
+        "(the default --blr is tuned to pcae)")
+    add("--mask-ratio", type=float, default=0.75, help="share of the patches hidden from the student and, in PCAE, "
+        "shown to the teacher")
+    add("--drop-ratio", type=float, default=0.5, help="share of its tokens that each stage drops (pcae)")
+    runs.add_ptr_flags(add)
+    add("--ema", type=float, default=0.9999, help="momentum of the teacher at the start; rises to 1 (pcae)")
 
-    add = functools.partial(engine.add_flag, parser.add_argument_group("optimisation"))
-    engine.add_optimisation_flags(add, epochs=20, blr=8e-3, warmup_epochs=3.0)
-    add("--knn-every", None, "score the features on labelled images, by nearest neighbours and a linear classifier, at "
-        "the start and every N epochs; 0: never (default: 5 for shapes, else 0)", type=int, metavar="N")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
+    add("--epochs", type=int, default=20, help="passes over the data")
+    add("--batch-size", type=int, default=64, help="images a step, over all processes")
+    add("--micro-batch", type=int, help="images at once in one process; gradients accumulate (default: all)")
+    add("--blr", type=float, default=8e-3, help="learning rate per 256 images: lr = blr * batch size / 256")
+    add("--warmup-epochs", type=float, help="epochs of linear warm-up (default, and for runs that are no longer: 15 %% "
+        "of the epochs)")
+    add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
+    add("--clip-grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
+    add("--knn-every", type=int, metavar="N", help="score the features on labelled images, by nearest neighbours and a "
+        "linear classifier, at the start and every N epochs; 0: never (default: 5 for shapes, else 0)")
     return parser
 
 
-# --- settings ---------------------------------------------------------------------------------------------------------
+def build_model(args: argparse.Namespace) -> PCAE | MAE | SimMIM:
+    """The method's networks. Raises ValueError where sizes and ratios do not fit together."""
+    student = ViT(
+        data.sides(args.image_size), args.patch_size, channels=args.channels, drop_path=args.drop_path,
+        **MODELS[args.model],
+    )  # fmt: skip
+    decoder = dict(
+        decoder_dim=args.decoder_dim, decoder_depth=args.decoder_depth, decoder_heads=args.decoder_heads
+    )  # fmt: skip
+    if args.method == "simmim":
+        return SimMIM(student, mask_ratio=args.mask_ratio)
+    if args.method == "mae":
+        return MAE(student, mask_ratio=args.mask_ratio, **decoder)
+    ptr = runs.token_reduction(args, len(student.blocks), args.drop_ratio)
+    return PCAE(student, mask_ratio=args.mask_ratio, ptr=ptr, **decoder)
 
 
-def read_settings(argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The arguments, complete and checked, and the checkpoint to resume from, if any. Raises UserError."""
-    parser = arguments()
-    args, given = engine.parse_arguments(parser, RECIPES, argv)
-    args, checkpoint = engine.resume_settings(parser, args, given, METHODS)
-    for name, methods in ONLY_FOR.items():
-        if name in given and args.method not in methods:
-            raise UserError(f"--{name.replace('_', '-')} means nothing to --method {args.method}: leave it out")
-    data.fill_in(args)
-    at_least = dict(knn_every=0, dim=1, depth=1, heads=1, decoder_dim=1, decoder_depth=1, decoder_heads=1)
-    engine.check_values(args, at_least | dict(drop_stages=0), [("ema", 0 <= args.ema <= 1, "in [0, 1]")])
-    return args, checkpoint
+def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataLoader]:
+    """Labelled images of training and validation, to score features on."""
+    train = data.labelled_images(args, limit=5000)
+    sets = train, data.validation_images(args, train.classes, limit=2000)
+    batch = 16 if args.dry_run else 250
+    return [data.evaluation_loader(data.evaluation_views(some, args), batch, args.workers, world) for some in sets]
 
 
-def build_model(args: argparse.Namespace) -> tuple[PCAE | MAE | SimMIM, dict[str, Any]]:
-    """The method's networks, their weights drawn from `--seed`, and the encoder's arguments to build it again."""
-    sizes = {name: value for name in ("dim", "depth", "heads") if (value := getattr(args, name)) is not None}
-    encoder = dict(image_size=data.sides(args.image_size), patch_size=args.patch_size, channels=args.channels)
-    encoder |= MODELS[args.model] | sizes
-    engine.seed_generators(torch.device("cpu"), args.seed, "weights")
-    try:
-        student = ViT(**encoder, drop_path=args.drop_path)
-        options = {name: getattr(args, name) for name in DECODER if args.method in ONLY_FOR[name]}
-        if args.method == "pcae":
-            blocks = args.drop_blocks
-            if blocks is None:
-                blocks = drop_blocks(len(student.blocks), args.drop_stages, args.drop_at)
-            options |= dict(ptr=PTR(tuple(blocks), args.drop_ratio, args.criterion), center=args.center)
-        model = METHODS[args.method](student, mask_ratio=args.mask_ratio, **options)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return model, encoder
+def probe(
+    encoder: ViT, loaders: list[DataLoader], normalize: nn.Module, args: argparse.Namespace, world: training.World
+) -> dict[str, float]:
+    """Accuracies in [0, 1] of the frozen encoder's mean patch token."""
+    encoder.eval()
 
+    def features(images: Tensor) -> Tensor:
+        return pool(encoder(images).tokens)
 
-# --- training ---------------------------------------------------------------------------------------------------------
-
-
-class Trainer(engine.Trainer):
-    """Trains on the loss of a split; in PCAE the teacher's step follows the student's."""
-
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        model: PCAE | MAE | SimMIM,
-        loader: DataLoader,
-        accumulate: int,
-        world: World,
-    ):
-        model.to(world.device)
-        optimizer = torch.optim.AdamW(
-            engine.parameter_groups(model, args.weight_decay), lr=0.0, betas=(0.9, 0.95), fused=True
-        )
-        parts = dict(model.named_children())  # student, decoder and, in PCAE, teacher
-        super().__init__(args, model, parts, optimizer, loader, accumulate, world)
-        self.has_teacher = "teacher" in parts
-        self.normalize = data.Normalize(args.channels).to(world.device)
-
-    def loss(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss of images under the split that `noise` (B, N) makes, and the two mean directions: (2 D,)."""
-        with engine.autocast(self.world.device, self.args.precision):
-            output = self.runner(self.normalize(images), noise)
-        return output.loss, torch.cat([mean_direction(output.target), mean_direction(output.prediction)])
-
-    def metrics(self, statistics: Tensor) -> dict[str, Tensor]:
-        """The spread of targets and predictions."""
-        target, prediction = statistics.chunk(2)
-        return dict(target_std=spread(target), prediction_std=spread(prediction))
-
-    def schedule(self, step: int) -> dict[str, float]:
-        """The learning rate and the teacher's momentum."""
-        settings = super().schedule(step)
-        if self.has_teacher:
-            settings["ema"] = engine.ema_momentum(step, base=self.args.ema, total=self.total_steps)
-        return settings
-
-    def after_step(self, settings: dict[str, float]) -> None:
-        """The teacher follows, where there is one."""
-        if self.has_teacher:
-            self.model.update_teacher(settings["ema"])
-
-    def micro_batches(self, batches: Iterator) -> Iterator[tuple[Tensor, Tensor]]:
-        """Images and the noise (b, N) that splits their patches.
-
-        Drawn for the whole batch and dealt out as the sampler deals the images: no image's split depends on the number
-        of processes.
-        """
-        shape = self.args.batch_size, self.model.student.num_patches
-        noise = torch.rand(shape, generator=engine.generator(self.args.seed, "split", self.step))
-        ours = noise[self.world.rank :: self.world.size].to(self.world.device, non_blocking=True)
-        for (images, _), part in zip(super().micro_batches(batches), ours.chunk(self.accumulate), strict=True):
-            yield images, part
-
-    def example(self) -> tuple[Tensor, Tensor]:
-        size = self.loader.batch_size
-        student = self.model.student
-        images = torch.randint(256, (size, self.args.channels, *student.image_size)).byte()
-        return images, torch.rand(size, student.num_patches).to(self.world.device)
-
-
-class Probe:
-    """Scores an encoder's mean patch token on labelled images: by nearest neighbours and by a linear classifier."""
-
-    def __init__(self, args: argparse.Namespace, size: tuple[int, int], world: World):
-        sets = data.labelled_images(args.data, Path(args.data_root), args.download, size)
-        self.loaders = [
-            data.evaluation_loader(
-                data.evaluation_views(s, size, args.channels), 250, args.workers, world.rank, world.size
-            )
-            for s in sets
-        ]
-        self.normalize = data.Normalize(args.channels).to(world.device)
-        self.precision, self.unreadable = args.precision, engine.Unreadable()
-
-    def __call__(self, encoder: ViT) -> dict[str, float]:
-        """Accuracies in [0, 1], in the first process; nothing in the others, which only help."""
-        encoder.eval()
-
-        def features(images: Tensor) -> Tensor:
-            return pool(encoder(images).tokens)
-
-        results = [
-            engine.predict(features, loader, self.normalize, self.precision, self.unreadable) for loader in self.loaders
-        ]
-        if None in results:
-            return {}
-        (bank, bank_labels), (queries, query_labels) = results
-        sets = bank, bank_labels, queries, query_labels
-        return dict(knn=engine.knn_accuracy(*sets), linear=engine.linear_accuracy(*sets))
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
-def describe_run(args: argparse.Namespace, trainer: Trainer, images: Dataset) -> str:
-    """What is about to happen, and how long it will take here."""
-    model = trainer.model
-    return "\n".join([
-        f"data    {args.data}: {len(images):,} images{data.describe_classes(images, ', labels not used')}",
-        f"model   {args.model} by {args.method}: {model.student.describe()}",
-        f"tokens  {model.describe()}",
-        trainer.describe_steps(),
-    ])  # fmt: skip
-
-
-def describe_epoch(row: dict[str, Any], args: argparse.Namespace) -> str:
-    """One line of the row for metrics.jsonl, and a warning where the features collapse."""
-    if row["loss"] is None:
-        return f"epoch {row['epoch']}/{args.epochs}  every step was skipped: no loss was finite"
-    text = (
-        f"epoch {row['epoch']}/{args.epochs}  loss {row['loss']:.3f}  spread of targets {row['target_std']:.2f}, of "
-        f"predictions {row['prediction_std']:.2f}  {row['images_per_second']:.0f} images/s"
-    )
-    if "knn" in row:
-        text += f"  knn {row['knn']:.1%} linear {row['linear']:.1%}"
-    if args.method != "pcae":  # pixels may well be all alike
-        return text
-    if row["target_std"] < COLLAPSED:
-        text += (
-            f"\nwarning: target_std is {row['target_std']:.2f}: nearly all targets point in one direction (collapse), "
-            "so a low loss means nothing. Raise --ema or lower --blr"
-        )
-    if row["prediction_std"] < COLLAPSED and row["epoch"] > args.warmup_epochs:  # they begin all alike
-        text += (
-            f"\nwarning: prediction_std is {row['prediction_std']:.2f}: the predictions hardly differ from token to "
-            "token, so little is learnt yet. If this stays, change --blr or look at the images"
-        )
-    return text
-
-
-def summarise(history: list[dict[str, Any]], trainer: Trainer, unreadable: set[str]) -> str:
-    """One paragraph on how the run went; `unreadable` files were met on the way."""
-    trained = [row for row in history if row.get("loss") is not None]
-    text = f"{history[-1]['epoch']} epochs, {history[-1]['step']:,} steps."
-    if trained:
-        text += f" The loss went from {trained[0]['loss']:.3f} to {trained[-1]['loss']:.3f}"
-        if trainer.has_teacher:
-            text += (
-                f", the spread of targets from {trained[0]['target_std']:.2f} to {trained[-1]['target_std']:.2f} "
-                "(1: all directions, 0: collapsed)"
-            )
-        text += "."
-    scores = [row for row in history if "knn" in row]
-    if scores:
-        text += (
-            f" On the frozen features a linear classifier is right for {scores[-1]['linear']:.1%} (untrained encoder: "
-            f"{scores[0]['linear']:.1%}), nearest neighbours for {scores[-1]['knn']:.1%} ({scores[0]['knn']:.1%})."
-        )
-    return text + trainer.mishaps(unreadable)
+    batches = 2 if args.dry_run else None
+    sets = [scores.predict(features, loader, normalize, args.precision, world, batches) for loader in loaders]
+    return dict(knn=scores.knn_accuracy(*sets[0], *sets[1]), linear=scores.linear_accuracy(*sets[0], *sets[1]))
 
 
 def main(argv: list[str] | None = None) -> None:
-    args, checkpoint = read_settings(argv)
-    world = engine.start_world(args.device)
-    engine.check_agreement(vars(args), world)
+    # 1. Settings
+    args, checkpoint = runs.parse(arguments(), RECIPES, argv)
+    runs.settle(args, warmup_share=0.15)
+    data.fill_in(args)
+    world = training.start_world(args.device)
+    micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
 
-    # 1. Model and data. Whatever is wrong with the settings is found out here, before the first step.
-    micro_batch, accumulate = engine.batch_sizes(args, world)
-    model, encoder = build_model(args)
-    size = encoder["image_size"]
-    with engine.one_at_first(world, needed=args.download):
-        images = data.unlabelled_images(args.data, Path(args.data_root), args.download, args.limit, size)
-    views = data.Views(images, data.pretraining_view(size, args.min_crop), args.channels, args.seed)
-    loader = data.training_loader(views, micro_batch, args.workers, world.rank, world.size)
-    probe = Probe(args, size, world) if args.knn_every else None
-    trainer = Trainer(args, model, loader, accumulate, world)
+    # 2. Model: student and decoder are trained, the teacher follows. DDP averages their gradients over the processes.
+    training.seed_generators(torch.device("cpu"), args.seed, "weights")  # all processes begin with the same ones
+    try:
+        model = build_model(args).to(world.device)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = training.parameter_groups(model, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+    ddp = DistributedDataParallel(model) if world.size > 1 else None
+    forward = torch.compile(ddp or model, dynamic=False) if args.compile else ddp or model
 
-    # 2. Train.
-    def score(epoch: int, is_last: bool) -> dict[str, float]:
-        return probe(model.student) if probe and (epoch % args.knn_every == 0 or is_last) else {}
+    # 3. Data
+    images = data.unlabelled_images(args)
+    view = data.pretraining_view(data.sides(args.image_size), args.min_crop)
+    views = data.Views(images, view, args.channels, args.seed)
+    loader = data.training_loader(views, micro_batch, args.workers, world)
+    loaders = probe_loaders(args, world) if args.knn_every else None
+    normalize = data.Normalize(args.channels).to(world.device)
+    steps_per_epoch = len(loader) // accumulate
+    if not steps_per_epoch:
+        raise SystemExit(f"error: --batch-size {args.batch_size} is more than the {len(images)} images of --data")
+    if args.dry_run:
+        steps_per_epoch = min(2, steps_per_epoch)
+    total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
+    peak_lr = args.blr * args.batch_size / 256
 
-    history = engine.fit(
-        trainer,
-        run=dict(method=args.method, config=vars(args), encoder=encoder, num_images=len(images)),
-        checkpoint=checkpoint,
-        announce=lambda: describe_run(args, trainer, images),
-        score=score,
-        describe=lambda row: describe_epoch(row, args),
-    )
-
-    # 3. Say how it went.
+    # 4. Start, or go on from where the checkpoint was written
+    step, first_epoch, history = 0, 0, []
+    if checkpoint is not None:
+        if checkpoint["num_images"] != len(images):
+            raise SystemExit(f"error: --data has {len(images)} images, {checkpoint['num_images']} in the run to resume")
+        for name, part in model.named_children():  # student, decoder and, in PCAE, teacher
+            part.load_state_dict(checkpoint[name])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
+    elif loaders:
+        history = [dict(epoch=0, step=0) | probe(model.student, loaders, normalize, args, world)]
     if world.is_main:
-        unreadable = trainer.unreadable.files | (probe.unreadable.files if probe else set())
-        print(summarise(history, trainer, unreadable))
-        if args.dry_run:
-            print("That was a dry run: nothing was kept.")
-        else:
-            last = Path(args.out) / "last.pt"
-            print(f"The student is in {last}. Next, train a classifier from it, or pre-train on your images:")
-            print(f"  python finetune.py --init {last}")
-            print(f"  python pretrain.py --method {args.method} --data FOLDER {NEXT}")
+        runs.prepare_folder(args)
+        print(f"data    {args.data}: {data.describe(images)}")
+        print(f"model   {args.model} by {args.method}: {model.student.describe()}; {model.describe()}")
+        print(f"steps   {total_steps:,}, each {args.batch_size} images = {world.size} x {accumulate} x {micro_batch}; "
+              f"peak learning rate {peak_lr:.3g} = {args.blr:g} * {args.batch_size} / 256")
+        print(f"to continue after an interruption: python pretrain.py --resume {args.out}/last.pt")
+
+    # 5. Train
+    skipped_in_a_row = 0
+    bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=not world.is_main, leave=False)
+    for epoch in range(first_epoch, args.epochs):
+        model.train()
+        loader.sampler.set_epoch(epoch)
+        batches, rows, start = iter(loader), [], time.perf_counter()
+        unreadable, waited = 0, 0.0
+        for _ in range(steps_per_epoch):
+            lr = training.warmup_cosine(step, peak=peak_lr, total=total_steps, warmup=warmup_steps)
+            momentum = training.ema_momentum(step, base=args.ema, total=total_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            # Each draw is seeded by its place in the run: what is resumed goes on as if it had not stopped. The split's
+            # noise is drawn for the whole batch and dealt out as the images are: no image's depends on the processes.
+            training.seed_generators(world.device, args.seed, "step", step, world.rank)  # drop path, `random`
+            noise = torch.rand(args.batch_size, model.student.num_patches,
+                               generator=training.generator(args.seed, "split", step))  # fmt: skip
+            noise = noise[world.rank :: world.size].to(world.device, non_blocking=True)
+
+            # Forward and backward, in micro-batches
+            total = torch.zeros((), device=world.device)  # of the loss and two mean directions, (1 + 2 D,)
+            for i, part in enumerate(noise.chunk(accumulate)):
+                waited -= time.perf_counter()
+                batch, _, readable = next(batches)
+                waited += time.perf_counter()
+                unreadable += int((~readable).sum())
+                if ddp is not None:
+                    ddp.require_backward_grad_sync = i == accumulate - 1  # average the gradients once a step
+                with training.autocast(world.device, args.precision):
+                    output = forward(normalize(batch), part)
+                (output.loss / accumulate).backward()
+                directions = scores.mean_direction(output.target), scores.mean_direction(output.prediction)
+                total = total + torch.cat([output.loss.detach()[None], *directions]) / accumulate
+            grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
+
+            # What to log. Reading the numbers waits for the device, once a step.
+            total = training.mean_over_processes(total)
+            target_direction, prediction_direction = total[1:].chunk(2)
+            row = dict(
+                loss=total[0], target_std=scores.spread(target_direction),
+                prediction_std=scores.spread(prediction_direction), grad_norm=grad_norm,
+            )  # fmt: skip
+            row = dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True))
+            rows.append(row)
+
+            # The student's step, then the teacher's. One that is not finite must not reach the weights; all processes
+            # have the same numbers and decide the same.
+            if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+                optimizer.step()
+                if args.method == "pcae":
+                    model.update_teacher(momentum)
+                skipped_in_a_row = 0
+            else:
+                skipped_in_a_row += 1
+                if skipped_in_a_row == 10:
+                    raise SystemExit("error: the loss was not finite ten times in a row: lower --blr, then --resume")
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}")
+            data.check_readable(unreadable, seen=len(rows) * args.batch_size // world.size)
+
+        # 6. Log, score, save
+        row = dict(epoch=epoch + 1, step=step, lr=lr) | runs.mean_of_steps(rows)
+        if args.method == "pcae":
+            row["ema"] = momentum
+        seconds = time.perf_counter() - start
+        row |= dict(
+            unreadable=unreadable, images_per_second=len(rows) * args.batch_size / seconds, data_wait=waited / seconds
+        )
+        if loaders and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
+            row |= probe(model.student, loaders, normalize, args, world)
+        history.append(row)
+        if world.is_main:
+            parts = {name: part.state_dict() for name, part in model.named_children()}
+            runs.save_run(args, parts | dict(
+                optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history, method=args.method,
+                encoder=model.student.arguments, num_images=len(images),
+            ))  # fmt: skip
+            tqdm.write(runs.describe(row))
+            if args.method == "pcae" and (row["target_std"] or 1) < 0.2:
+                tqdm.write("warning: nearly all targets point in one direction (collapse): raise --ema or lower --blr")
+    bar.close()
+
+    # 7. Say how it went
+    if world.is_main:
+        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt")
+    training.end_world()
 
 
 if __name__ == "__main__":
-    engine.launch(main)
+    main()

@@ -6,7 +6,3 @@ And sums come out the same here as in the processes that tests start.
 import torch
 
 torch.set_num_threads(1)
-
-
-def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="the long versions of the tests of faults and command lines")

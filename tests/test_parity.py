@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import PCAE, ViT, split_patches
+from model import PCAE, ViT, sincos_position_embedding, split_patches
 from ptr import PTR, drop_blocks, gather_tokens, num_kept, redundancy, select_tokens
+from training import ema_momentum, warmup_cosine
 
 if not os.environ.get("PCAE_PARITY"):
     pytest.skip("PCAE_PARITY does not name a recording", allow_module_level=True)
@@ -36,29 +37,16 @@ def our_state(student, teacher):
 
 def load(case):
     """The case and its model, with the recorded weights."""
-    case = RECORD["cases"][case]
-    model = new_model(case)
+    case, arch = RECORD["cases"][case], RECORD["meta"]["arch"]
+    side, depth, cfg = arch["img_size"], arch["depth"], case["cfg"]
+    student = ViT((side, side), arch["patch_size"], dim=arch["embed_dim"], depth=depth, heads=arch["num_heads"])
+    model = PCAE(
+        student, mask_ratio=cfg["mask_ratio"], ptr=PTR(drop_blocks(depth, cfg["drop_stage"]), 1 - cfg["keep_ratio"]),
+        decoder_dim=arch["decoder_embed_dim"], decoder_depth=arch["decoder_depth"],
+        decoder_heads=arch["decoder_num_heads"],
+    )  # fmt: skip
     model.load_state_dict(our_state(RECORD["student_state"], RECORD["teacher_state"]))
     return case, model
-
-
-def new_model(case):
-    arch, cfg = RECORD["meta"]["arch"], case["cfg"]
-    student = ViT(
-        (arch["img_size"], arch["img_size"]),
-        arch["patch_size"],
-        dim=arch["embed_dim"],
-        depth=arch["depth"],
-        heads=arch["num_heads"],
-    )
-    return PCAE(
-        student,
-        mask_ratio=cfg["mask_ratio"],
-        ptr=PTR(drop_blocks(arch["depth"], cfg["drop_stage"]), 1 - cfg["keep_ratio"]),
-        decoder_dim=arch["decoder_embed_dim"],
-        decoder_depth=arch["decoder_depth"],
-        decoder_heads=arch["decoder_num_heads"],
-    )
 
 
 def assert_close(ours, theirs, atol=1e-5):
@@ -77,33 +65,27 @@ def assert_same_tokens(ours, our_ids, theirs, their_ids):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_split(case):
-    case = RECORD["cases"][case]
+def test_split_and_schedule(case):
+    case, model = load(case)
     visible, masked = split_patches(case["mask_noise"], case["cfg"]["mask_ratio"])
     assert torch.equal(visible.sort(dim=1).values, case["student_ids_keep"].sort(dim=1).values)
     assert torch.equal(masked.sort(dim=1).values, case["ids_remove"].sort(dim=1).values)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_schedule(case):
-    case, model = load(case)
     assert list(model.ptr.blocks) == case["drop_indices"]
     assert model.token_counts == case["teacher_token_counts"]
 
 
 def test_positions():
-    model = new_model(RECORD["cases"]["default"])
-    assert_close(model.student.pos_embed, RECORD["student_state"]["pos_embed"])
-    assert_close(model.decoder.pos_embed, RECORD["student_state"]["decoder_pos_embed"])
+    for theirs in (RECORD["student_state"]["pos_embed"], RECORD["student_state"]["decoder_pos_embed"]):
+        assert_close(sincos_position_embedding(theirs.shape[-1], (8, 8)), theirs)
 
 
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
-def test_stages(case):
+def test_teacher_by_stages_and_whole(case):
     case, model = load(case)
     stages = iter(zip(case["stage_scores"], case["stage_ids_keep"], strict=True))
-    _, ids = split_patches(case["mask_noise"], model.mask_ratio)
-    their_ids = case["ids_remove"]
+    _, masked = split_patches(case["mask_noise"], model.mask_ratio)
+    ids, their_ids = masked, case["ids_remove"]
     x = model.teacher.embed(IMAGES, ids, class_token=False)
     for i, block in enumerate(model.teacher.blocks):
         x = block(x)
@@ -114,14 +96,7 @@ def test_stages(case):
             x, ids, their_ids = gather_tokens(x, kept), ids.gather(1, kept), their_ids.gather(1, kept_of_previous)
             assert torch.equal(ids.sort(dim=1).values, their_ids.sort(dim=1).values)
     assert next(stages, None) is None, "as many stages as recorded"
-
-
-@pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
-def test_teacher(case):
-    case, model = load(case)
-    _, masked = split_patches(case["mask_noise"], model.mask_ratio)
-    latent, retained = model.teacher(IMAGES, masked, class_token=False, ptr=model.ptr)
+    latent, retained, _ = model.teacher(IMAGES, masked, class_token=False, ptr=model.ptr)
     assert_same_tokens(latent, retained, case["teacher_latent"], case["teacher_ids_keep"])
 
 
@@ -155,39 +130,37 @@ def test_student_decoder_and_loss(case):
     assert_close(out.loss, case["loss"])
 
 
-def test_gradients():
+def test_gradients_and_a_step():
     case, model = load("default")
+    step, grads = RECORD["step"], {our_name(name): grad for name, grad in case["grads"].items()}
     model(IMAGES, case["mask_noise"]).loss.backward()
-    ours = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    theirs = {our_name(name): grad for name, grad in case["grads"].items()}
-    assert ours.keys() == theirs.keys()
-    for name, grad in theirs.items():
-        assert_close(ours[name], grad, atol=1e-6)
+    trained = {name: p for name, p in model.named_parameters() if p.grad is not None}
+    assert trained.keys() == grads.keys()
+    for name, p in trained.items():
+        assert_close(p.grad, grads[name], atol=1e-6)
 
-
-def test_one_step():
-    case, model = load("default")
-    step = RECORD["step"]
-    no_decay = {our_name(name) for name in step["no_decay"]}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert no_decay <= trained.keys()
+    no_decay = {our_name(name) for name in step["no_decay"]}  # they let the class and the mask token decay, we do not
     groups = [
         {"params": [p for name, p in trained.items() if name not in no_decay], "weight_decay": step["weight_decay"]},
         {"params": [p for name, p in trained.items() if name in no_decay], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=step["lr"], betas=step["betas"], eps=step["eps"])
-    loss = model(IMAGES, case["mask_noise"]).loss
-    assert loss.item() == pytest.approx(step["loss"], abs=1e-5)
-    loss.backward()
-    optimizer.step()
+    torch.optim.AdamW(groups, lr=step["lr"], betas=step["betas"], eps=step["eps"]).step()
     model.update_teacher(step["momentum"])
     ours, theirs = model.state_dict(), our_state(step["student_after"], step["teacher_after"])
     assert ours.keys() == theirs.keys()
-    their_grads = {our_name(name): grad for name, grad in case["grads"].items()}
     for name in theirs:
         allowed = torch.tensor(1e-6)  # in 1e-5, weight decay (lr * decay = 3e-5 of a weight) could hide
         if name in trained:
             # Adam divides by |gradient| + eps: where a gradient is rounding noise, two of them step differently
-            grad, noise = trained[name].grad.abs(), (trained[name].grad - their_grads[name]).abs()
+            grad, noise = trained[name].grad.abs(), (trained[name].grad - grads[name]).abs()
             allowed = allowed + torch.where(grad < 1e-6, step["lr"] / step["eps"] * noise, 0.0)
         assert ((ours[name] - theirs[name]).abs() <= allowed).all(), name
+
+
+def test_schedules():
+    rates, momentum = RECORD["schedules"]["pretrain_lr"], RECORD["schedules"]["momentum"]
+    cfg, theirs = rates["cfg"], momentum["values"]  # the rate at some epochs, the momentum at each step
+    shape = dict(peak=cfg["lr"], total=cfg["epochs"], warmup=cfg["warmup_epochs"])
+    assert [warmup_cosine(epoch, **shape) for epoch in rates["epochs"]] == pytest.approx(rates["lr"], abs=1e-12)
+    base, total = momentum["cfg"]["base"], len(theirs)
+    assert [ema_momentum(step, base=base, total=total) for step in range(total)] == pytest.approx(theirs, rel=1e-12)

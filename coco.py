@@ -1,0 +1,277 @@
+"""Detection's data: COCO's format, the built-in scenes in it, views of images with their objects, COCO's scores."""
+
+import contextlib
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
+
+from data import UnreadableImage, Views, read_image
+from shapes import SHAPES, draw_scene
+from training import generator
+
+Target = dict[str, Any]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W), image_id
+
+# --- annotation files -------------------------------------------------------------------------------------------------
+
+
+class CocoDetection(Dataset):
+    """Images and their objects, from an image folder and an annotation file in COCO's format.
+
+    An item is an image, uint8 (3, H, W), and its target: `boxes`, float32 (n, 4), left, top, right, bottom in pixels;
+    `labels`, int64 (n,), from 1 in the order of the category ids, which may have holes (0 is the background); `masks`,
+    uint8 (n, H, W); `image_id`. Crowds and boxes without an area are no targets; `coco` has them for the evaluation.
+    `ids` are the images: all, or `limit` of them at random; `categories` (id, name) of labels 1, 2, ...
+    """
+
+    def __init__(self, folder: Path, annotations: Path, limit: int | None = None):
+        self.folder, self.coco = folder, COCO()
+        try:
+            self.coco.dataset = tidy(json.loads(annotations.read_text()))
+            with contextlib.redirect_stdout(io.StringIO()):  # it is talkative
+                self.coco.createIndex()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SystemExit(f"error: --data: {annotations} is not as COCO's are ({error!r})") from None
+        ids = list(sorted(self.coco.imgs))
+        order = torch.randperm(len(ids), generator=generator("limit"))[:limit].tolist() if limit else range(len(ids))
+        self.ids = sorted(ids[i] for i in order)
+        self.categories = [(i, str(self.coco.cats[i]["name"])) for i in sorted(self.coco.cats)]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        info = self.coco.imgs[self.ids[index]]
+        image, size = read_image(self.folder / info["file_name"]), (info["height"], info["width"])
+        if image.shape[1:] != size:
+            raise UnreadableImage(f"{info['file_name']}: {tuple(image.shape[1:])} pixels, annotated as {size}")
+        found = [a for a in self.coco.imgToAnns[info["id"]] if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
+        solid = (boxes[:, 2:] - boxes[:, :2] > 0.01).all(dim=1)  # less could round to nothing when resized
+        found = [a for a, is_solid in zip(found, solid.tolist(), strict=True) if is_solid]
+        masks = torch.zeros(len(found), *size, dtype=torch.uint8)
+        for mask, annotation in zip(masks, found, strict=True):
+            mask.copy_(torch.from_numpy(self.coco.annToMask(annotation)))
+        labels = [category for category, _ in self.categories]
+        labels = torch.tensor([1 + labels.index(a["category_id"]) for a in found], dtype=torch.int64)
+        return image, dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
+
+    def describe(self) -> str:
+        """118,287 images with 849,949 objects of 80 classes."""
+        objects = sum(not a["iscrowd"] for i in self.ids for a in self.coco.imgToAnns[i])
+        return f"{len(self):,} images with {objects:,} objects of {len(self.categories)} classes"
+
+
+def tidy(content: dict[str, Any]) -> dict[str, Any]:
+    """An annotation file's content without the objects that pycocotools cannot use, of which it says how many.
+
+    Annotations get new ids from 1: the evaluation takes an object of id 0 for one that was not found, and of two with
+    the same id knows only one.
+    """
+    images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    listed = [a for a in content["annotations"] if a["image_id"] in images]
+    kept = [a for a in listed if a["category_id"] in categories and is_usable(a, images[a["image_id"]])]
+    if len(kept) < len(listed):
+        print(f"left out {len(listed) - len(kept)} of {len(listed)} objects without a usable box, mask or category")
+    if not kept:
+        raise ValueError("it marks no object with a box and a mask (segmentation) in the images that it lists")
+    for number, annotation in enumerate(kept, start=1):
+        box = annotation["bbox"]
+        annotation |= dict(id=number, iscrowd=int(annotation.get("iscrowd") or 0))
+        annotation.setdefault("area", box[2] * box[3])
+    return dict(images=content["images"], categories=content["categories"], annotations=kept)
+
+
+def is_usable(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
+    """Whether box and mask of an object fit an image of `size` (H, W): what they are goes unchecked into C code.
+
+    Polygons of less than three points are taken away: pycocotools would read them as boxes.
+    """
+    box, mask = annotation.get("bbox") or (), annotation.get("segmentation")
+    if isinstance(mask, dict):
+        masked, numbers = list(mask["size"]) == list(size), list(box)
+    else:
+        masked = annotation["segmentation"] = [points for points in mask or () if len(points) >= 6]
+        numbers = [*box, *(number for points in masked for number in points)]
+    return bool(masked) and len(box) == 4 and all(abs(number) <= 4 * max(size) for number in numbers)
+
+
+def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
+    """The image folder and the annotation file of `split`, train or val."""
+    files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
+    images = [folder / file.stem.removeprefix("instances_") for file in files]
+    if len(files) != 1 or not images[0].is_dir():
+        raise SystemExit(
+            f"error: --data: {folder} must have one file annotations/instances_{split}*.json, beside a folder with its "
+            f"images (instances_{split}2017.json: {split}2017/)"
+        )
+    return images[0], files[0]
+
+
+# --- the built-in scenes, as such a folder ----------------------------------------------------------------------------
+
+NUM_SCENES = dict(train=400, val=100)  # more to train on if --limit says so
+
+
+def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = None) -> Path:
+    """Draw scenes of `shapes` into a folder below `root`, once; returns the folder."""
+    lengths = NUM_SCENES | dict(train=max(limit or 0, NUM_SCENES["train"]))
+    folder = root / f"shapes-{image_size[0]}x{image_size[1]}-{lengths['train']}-{lengths['val']}"
+    root.mkdir(parents=True, exist_ok=True)
+    if not folder.is_dir():
+        with tempfile.TemporaryDirectory(dir=root) as temporary:
+            whole = Path(temporary) / "whole"
+            (whole / "annotations").mkdir(parents=True)
+            for split, length in lengths.items():
+                (whole / f"{split}2017").mkdir()
+                content = write_split(whole / f"{split}2017", split, length, image_size)
+                (whole / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+            with contextlib.suppress(OSError):  # another process was faster
+                whole.rename(folder)
+    return folder
+
+
+def write_split(folder: Path, split: str, length: int, image_size: tuple[int, int]) -> dict[str, Any]:
+    """Write the images of one split, from image id 1; returns the content of its annotation file."""
+    images, annotations = [], []
+    category_ids = range(1, 2 * len(SHAPES), 2)  # with holes, as COCO's have
+    for index in range(length):
+        pixels, labels, masks = draw_scene(split, index, image_size)
+        name = f"{index + 1:012}.png"
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / name)
+        images.append(dict(id=index + 1, file_name=name, height=image_size[0], width=image_size[1]))
+        for label, mask in zip(labels, masks, strict=True):
+            rle = encode_mask(mask)
+            annotations.append(dict(
+                id=len(annotations) + 1, image_id=index + 1, category_id=category_ids[label], iscrowd=0,
+                bbox=coco_mask.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle,
+            ))  # fmt: skip
+    categories = [dict(id=i, name=shape.__name__) for i, shape in zip(category_ids, SHAPES, strict=True)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def encode_mask(mask: Tensor) -> dict[str, Any]:
+    """A mask (H, W), bool, run-length encoded as COCO's tools do, fit for JSON."""
+    rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return rle | dict(counts=rle["counts"].decode("ascii"))
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Mirror an image (C, H, W) and its objects, left to right."""
+    left, top, right, bottom = target["boxes"].unbind(1)
+    boxes = torch.stack([image.shape[-1] - right, top, image.shape[-1] - left, bottom], dim=1)
+    return image.flip(-1), target | dict(boxes=boxes, masks=target["masks"].flip(-1))
+
+
+def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
+    """A part of an image and what of its objects is in it; boxes shrink to what is seen, objects out of sight go."""
+    area = ..., slice(top, top + height), slice(left, left + width)
+    masks = target["masks"][area]
+    seen = masks.flatten(1).any(dim=1).bool()
+    boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # from a pixel's edge to an edge
+    return image[area], target | dict(boxes=boxes, labels=target["labels"][seen], masks=masks[seen])
+
+
+def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """DETR's crop: of 384 to 600 pixels a side (or the whole side), when the shorter one measures 400, 500 or 600.
+
+    DETR resizes, crops and resizes again; here the crop is worked out in the image's own pixels, so that it is resized
+    once, by the model.
+    """
+
+    def draw(lowest: int, highest: int) -> int:
+        return int(torch.randint(lowest, highest + 1, ()))
+
+    sides = image.shape[-2:]
+    scale = (400, 500, 600)[draw(0, 2)] / min(sides)
+    scaled = [round(scale * side) for side in sides]
+    lengths = [draw(min(384, side), min(600, side)) for side in scaled]
+    lengths = [min(side, max(1, round(length / scale))) for side, length in zip(sides, lengths, strict=True)]
+    offsets = [draw(0, side - length) for side, length in zip(sides, lengths, strict=True)]
+    return crop(image, target, *offsets, *lengths)
+
+
+class DetectionViews(Views):
+    """Images with their targets; `augment`: half of them flipped, `crop_share` cropped. The model resizes.
+
+    What stands for an unreadable image has no objects, and image id -1.
+    """
+
+    def __init__(
+        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0
+    ):
+        super().__init__(images, None, channels, seed, replace=augment)
+        self.augment, self.crop_share = augment, crop_share
+
+    def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
+        if target == -1:
+            target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
+            target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
+        if self.augment:
+            do_flip, do_crop = torch.rand(2).tolist()
+            if do_flip < 0.5:
+                image, target = flip(image, target)
+            if do_crop < self.crop_share:
+                image, target = random_crop(image, target)
+        return image, target
+
+
+def collate(samples: list[tuple[Tensor, Target, bool]]) -> tuple[list[Tensor], list[Target], Tensor]:
+    """Views and targets as lists, since sizes and numbers differ, and which images could be read."""
+    images, targets, readable = zip(*samples, strict=True)
+    return list(images), list(targets), torch.tensor(readable)
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]) -> list[dict[str, Any]]:
+    """What a detector found in one image, in COCO's format for results."""
+    boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
+    rows = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), found["masks"], strict=True)
+    return [
+        dict(
+            image_id=image_id, category_id=categories[label - 1][0], bbox=box, score=score,
+            segmentation=encode_mask(mask[0] >= 0.5),
+        )
+        for box, label, score, mask in rows
+    ]  # fmt: skip
+
+
+def average_precision(
+    images: CocoDetection, results: list[dict[str, Any]], image_ids: list[int], show: bool = False
+) -> dict[str, float]:
+    """COCO's evaluation of what was found in these images: box and mask AP, AP50 and AP75 in [0, 1], -1 for no object.
+
+    `show` prints COCO's own summary.
+    """
+    scores = {}
+    for name, kind in (("box", "bbox"), ("mask", "segm")):
+        with contextlib.redirect_stdout(io.StringIO()) as summary:
+            found = images.coco.loadRes([dict(r) for r in results]) if results else COCO()  # takes no empty list
+            evaluation = COCOeval(images.coco, found, kind)
+            evaluation.params.imgIds = sorted(image_ids)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+        if show:
+            print("\n".join([f"{name}:", *summary.getvalue().splitlines()[-12:]]))
+        ap, ap50, ap75 = evaluation.stats[:3].tolist()
+        scores |= {f"{name}_ap": ap, f"{name}_ap50": ap50, f"{name}_ap75": ap75}
+    return scores

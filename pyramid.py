@@ -1,0 +1,128 @@
+"""A plain ViT with global attention under a feature pyramid: the backbone of detection."""
+
+import functools
+import math
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from torchvision.ops.poolers import LevelMapper
+
+from model import NO_PTR, ViT, sincos_position_embedding
+from ptr import PTR, scatter_tokens
+from weights import resize_positions
+
+STRIDES = (4, 8, 16, 32)  # of the pyramid's maps, whatever the patch size
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """LayerNorm over the channels of (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def resample(dim: int, patch_size: int, stride: int) -> nn.Sequential:
+    """From a map with one cell for each patch to one with a cell every `stride` pixels; nothing where they agree."""
+    layers: list[nn.Module] = []
+    for i in range(round(math.log2(patch_size / stride))):
+        layers += [LayerNorm2d(dim), nn.GELU()] if i else []
+        layers.append(nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2))
+    if stride > patch_size:
+        layers.append(nn.MaxPool2d(stride // patch_size))
+    return nn.Sequential(*layers)
+
+
+def has_learned_positions(encoder: ViT) -> bool:
+    """Whether an encoder's positions are others than the fixed sine-cosine ones."""
+    return not torch.allclose(encoder.pos_embed, sincos_position_embedding(encoder.dim, encoder.grid), atol=1e-3)
+
+
+@functools.lru_cache(maxsize=4)
+def sincos_table(dim: int, side: int, device: torch.device) -> Tensor:
+    """Positions (1 + side * side, D) of a square of patches, and the class token's before them."""
+    return sincos_position_embedding(dim, (side, side))[0].to(device)
+
+
+class ViTPyramid(nn.Module):
+    """A ViT and a feature pyramid on four of its blocks. Raises ValueError for patches that are no power of 2.
+
+    The blocks see each image alone, on the grid of its own size: no padding takes part in attention, positions or PTR's
+    mean, and an image's tokens do not depend on the others of its batch (the pyramid's convolutions see zeros beyond
+    the image). Images with the same grid go together. Tokens that PTR drops skip the later blocks and return to their
+    places before the pyramid (as preserved tokens do in SViT, WACV 2024), so that its maps are whole. There is no final
+    norm: `encoder` loses it, since a module without a gradient would break DDP.
+    """
+
+    def __init__(self, encoder: ViT, channels: int, *, learned_positions: bool = False):
+        super().__init__()
+        self.encoder, self.out_channels, self.learned_positions = encoder, channels, learned_positions
+        encoder.norm = nn.Identity()
+        encoder.pos_embed.requires_grad_(learned_positions)
+        depth = len(encoder.blocks)
+        self.taps = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
+        self.patch_size = encoder.arguments["patch_size"]
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"patches of {self.patch_size} pixels: the pyramid needs a power of 2")
+        self.resample = nn.ModuleList(resample(encoder.dim, self.patch_size, stride) for stride in STRIDES)
+        self.fpn = FeaturePyramidNetwork([encoder.dim] * 4, channels, LastLevelMaxPool(), norm_layer=LayerNorm2d)
+
+    def forward(
+        self, images: Tensor, sizes: list[tuple[int, int]] | None = None, ptr: PTR = NO_PTR
+    ) -> dict[str, Tensor]:
+        """Padded images (B, C, H, W) of the given (h, w) -> float32 maps (B, channels, H / stride, W / stride).
+
+        The maps of STRIDES are named "0" to "3", and "pool" is one of half the size.
+        """
+        p = self.patch_size
+        grids = [(math.ceil(h / p), math.ceil(w / p)) for h, w in sizes or [images.shape[-2:]] * len(images)]
+        shape = len(images), self.encoder.dim, images.shape[2] // p, images.shape[3] // p
+        maps = [images.new_zeros(shape) for _ in self.taps]  # zero where an image is only padded
+        for rows, columns in dict.fromkeys(grids):
+            chosen = [i for i, grid in enumerate(grids) if grid == (rows, columns)]
+            tapped = self.tapped_tokens(images[chosen, :, : rows * p, : columns * p], (rows, columns), ptr)
+            for x, tokens in zip(maps, tapped, strict=True):
+                x[chosen, :, :rows, :columns] = rearrange(tokens, "b (h w) d -> b d h w", h=rows).to(x.dtype)
+        maps = self.fpn({str(i): scale(x) for i, (scale, x) in enumerate(zip(self.resample, maps, strict=True))})
+        return {name: x.float() for name, x in maps.items()}
+
+    def tapped_tokens(self, images: Tensor, grid: tuple[int, int], ptr: PTR) -> list[Tensor]:
+        """The patch tokens (B, N, D) after each tapped block; one that PTR has dropped keeps its last value."""
+        positions = self.positions(grid)
+        patches = self.encoder.patch_embed(images) + positions[1:]
+        cls = (self.encoder.cls_token + positions[:1]).expand(len(images), -1, -1)
+        ids = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)  # (B, N)
+        encoded = self.encoder.encode(torch.cat([cls, patches], dim=1), ids, ptr, taps={*self.taps, *ptr.blocks})
+        whole, tapped = patches, []
+        for block, (tokens, ids) in encoded.tapped.items():
+            whole = scatter_tokens(whole, tokens[:, 1:], ids)
+            tapped += [whole] * self.taps.count(block)
+        return tapped
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positions (1 + rows * columns, D) of the class token and a grid of patches.
+
+        Sine-cosine ones count rows and columns from the image's corner, so those of any grid are a corner of a larger
+        square's. Learned ones (DeiT, DINO, fine-tuned models) are resized instead, and go on learning.
+        """
+        if self.learned_positions:
+            return resize_positions(self.encoder.pos_embed, self.encoder.grid, grid)[0]
+        side = 32 * math.ceil(max(grid) / 32)  # few tables, as images have many sizes
+        table = sincos_table(self.encoder.dim, side, self.encoder.cls_token.device)
+        corner = table[1:].view(side, side, -1)[: grid[0], : grid[1]]
+        return torch.cat([table[:1], corner.flatten(0, 1)])
+
+
+class PyramidRoIAlign(MultiScaleRoIAlign):
+    """torchvision's, told the strides: it would infer them from the first batch, wrongly where padding is large.
+
+    A region goes to the map whose anchors are about its size: for anchors from 32 pixels on, as in the FPN paper.
+    """
+
+    def __init__(self, output_size: int, anchor: int):
+        super().__init__(["0", "1", "2", "3"], output_size, sampling_ratio=2)
+        self.scales = [1 / stride for stride in STRIDES]
+        levels = [int(math.log2(stride)) for stride in STRIDES]
+        self.map_levels = LevelMapper(levels[0], levels[-1], canonical_scale=7 * anchor, canonical_level=4)

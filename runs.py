@@ -1,0 +1,176 @@
+"""A run's command line, folder and checkpoints.
+
+A run folder holds `args.json`, `metrics.jsonl` (one line an epoch), `last.pt` and, where there is a score to choose by,
+`best.pt`. A checkpoint is a dict of tensors, numbers, strings and containers of them; that of pretrain.py has `config`
+(all flags), `method`, `encoder` (the ViT's arguments), `student`, `teacher`, `decoder`, `optimizer`, `step`, `epoch`,
+`history` (the rows of the log) and `num_images`. There is no generator state: draws are seeded by their place.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
+
+# Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
+# for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (a probe's BatchNorm).
+FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume")
+
+
+def flag_parser(description: str) -> argparse.ArgumentParser:
+    """Shows a script's docstring as it is and each flag's default, and takes no abbreviated flags."""
+
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str | None:
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    usage = "python %(prog)s [--flag value ...]"  # the usual list of all flags would hide an error below it
+    return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Formatter, allow_abbrev=False)
+
+
+def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str, files: str) -> None:
+    """The flags about a run as such. `out` is its folder, `files` what it holds."""
+    add = parser.add_argument_group("run").add_argument
+    add("--recipe", default="laptop", choices=recipes, help="settings to start from; flags given win")
+    add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
+    add("--resume", nargs="?", const="", metavar="FILE", help="continue FILE, or the run in --out, with its settings")
+    add("--dry-run", action="store_true", help="two steps of everything, then exit")
+    add("--device", default="auto", help="cpu, cuda, mps, ...")
+    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
+    add("--seed", type=int, default=0, help="of everything that is random")
+
+
+def add_ptr_flags(add: Callable[..., Any]) -> None:
+    """The flags about where tokens are dropped, and which; how many, each script says."""
+    add("--drop-stages", type=int, default=3, help="how often tokens are dropped")
+    add("--drop-at", default="start", choices=PLACEMENTS, help="after the first block of each stage, the last, or the "
+        "first blocks")
+    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="drop after these blocks instead (0-based)")
+    add("--criterion", default="similarity", choices=CRITERIA, help="which tokens to drop (ptr.CRITERIA)")
+
+
+def token_reduction(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:
+    """PTR as the flags say, at this ratio, in an encoder of `depth` blocks. Raises ValueError where it does not fit."""
+    if not drop_ratio:
+        return PTR()
+    blocks = args.drop_blocks
+    if blocks is None:
+        blocks = drop_blocks(depth, args.drop_stages, args.drop_at)
+    return PTR(tuple(blocks), drop_ratio, args.criterion)
+
+
+def parse(
+    parser: argparse.ArgumentParser,
+    recipes: dict[str, dict[str, Any]],
+    argv: list[str] | None,
+    kept: tuple[str, ...] = (),
+) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """Arguments in layers, the later one wins: defaults, `--recipe`, the checkpoint to `--resume`, the flags given.
+
+    Returns that checkpoint, too, or the one to `--eval`, which only the settings of the names `kept` are taken from.
+    Refuses, naming them, flags that would change what a resumed run trains.
+    """
+    first = parser.parse_args(argv)
+    parser.set_defaults(**recipes[first.recipe])
+    if getattr(first, "eval", None) is not None:
+        checkpoint = load(first.eval)
+        config = checkpoint.get("config", {}) if "method" in checkpoint else {}  # of a public file nothing is known
+        parser.set_defaults(**{name: config[name] for name in kept if name in config})
+        return parser.parse_args(argv), checkpoint
+    if first.resume is None:
+        return parser.parse_args(argv), None
+    path = Path(first.resume or Path(first.out) / "last.pt")
+    checkpoint = load(path)
+    config = checkpoint.get("config", {})
+    if "optimizer" not in checkpoint or config.keys() - vars(first).keys():
+        raise SystemExit(f"error: --resume {path}: this is no last.pt of this script, so it cannot be continued")
+    parser.set_defaults(**config | dict(out=str(path.parent)))
+    args = parser.parse_args(argv)
+    args.resume = str(path)
+    changed = [name for name, value in config.items() if name not in FREE and getattr(args, name) != value]
+    if changed:
+        flags = ", ".join(f"--{name.replace('_', '-')} ({config[name]} there)" for name in changed)
+        raise SystemExit(f"error: --resume {path} was made with another {flags}: leave it out, or start a run anew")
+    return args, checkpoint
+
+
+def settle(args: argparse.Namespace, warmup_share: float) -> None:
+    """Warm up for a share of the epochs where no length is given, or one that would leave nothing of a short run."""
+    if args.dry_run:
+        args.epochs = 1
+    if args.epochs < 1:
+        raise SystemExit(f"error: --epochs must be 1 or more, got {args.epochs}")
+    if args.warmup_epochs is None or args.warmup_epochs >= args.epochs:
+        args.warmup_epochs = warmup_share * args.epochs
+
+
+def prepare_folder(args: argparse.Namespace) -> None:
+    """Make the run folder; another run that is there already is moved aside."""
+    out = Path(args.out)
+    last = out / "last.pt"
+    if last.exists() and not (args.resume and last.samefile(args.resume)):
+        number = 1
+        while (aside := out.with_name(f"{out.name}-{number}")).exists():
+            number += 1
+        out.rename(aside)
+        print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all: to a file beside it, flushed to disk, then renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def save_run(args: argparse.Namespace, content: dict[str, Any], is_best: bool = False) -> None:
+    """Write last.pt, if this is the best epoch best.pt, and the log that they hold: no row is lost or twice in it."""
+    out, content = Path(args.out), dict(config=vars(args)) | content
+    if is_best:
+        save(out / "best.pt", {name: value for name, value in content.items() if name != "optimizer"})
+    save(out / "last.pt", content)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content["history"]))
+
+
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, ours or a public one, to the CPU, without running anything a pickle may hold."""
+    try:
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # public files hold their settings in one
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError:
+        raise SystemExit(f"error: to read {path}: pip install safetensors") from None
+    except FileNotFoundError:
+        raise SystemExit(f"error: there is no checkpoint {path}") from None
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
+        raise SystemExit(f"error: {path} is no checkpoint, or damaged, or holds more than tensors and values") from None
+    if not isinstance(content, dict):
+        raise SystemExit(f"error: {path} holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A row of the log in one line."""
+    return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None)
+
+
+def mean_of_steps(rows: list[dict[str, float]]) -> dict[str, float | None]:
+    """The mean over the steps of an epoch that were taken; those `skipped` had a number that is not finite."""
+    taken = [row for row in rows if all(map(math.isfinite, row.values()))]
+    mean = {name: sum(row[name] for row in taken) / len(taken) if taken else None for name in rows[0]}
+    return mean | dict(skipped=len(rows) - len(taken))

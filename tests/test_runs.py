@@ -1,0 +1,133 @@
+"""Settings in layers, run folders, and checkpoints, which are written whole or not at all and read without risk."""
+
+import argparse
+import json
+import pickle
+
+import pytest
+import torch
+
+import detect
+import finetune
+import pretrain
+import runs
+
+RECIPES = {"laptop": {}, "big": dict(epochs=300, rate=2.0)}
+HISTORY = [dict(epoch=1, loss=0.5), dict(epoch=2, loss=None)]
+
+
+def parse(*words, kept=()):
+    """The settings of a small script."""
+    parser = runs.flag_parser("A script.")
+    runs.add_flags(parser, RECIPES, out="runs/script", files="some")
+    for flag, kind, default in (("epochs", int, 10), ("rate", float, 0.5), ("workers", int, 0), ("eval", str, None)):
+        parser.add_argument(f"--{flag}", type=kind, default=default)
+    return vars(runs.parse(parser, RECIPES, [str(word) for word in words], kept)[0])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of a run whose settings are defaults, a recipe's and flags."""
+    out = tmp_path / "run"
+    args = argparse.Namespace(**parse("--recipe", "big", "--rate", 3, "--workers", 2, "--out", out))
+    runs.prepare_folder(args)
+    runs.save_run(args, dict(method="script", weights=torch.arange(3.0), optimizer={}, history=HISTORY), is_best=True)
+    return out
+
+
+def test_layers_of_settings(run):
+    """Defaults < recipe < checkpoint < flags; a flag that repeats a default is a flag, too."""
+    for words, epochs, rate in (
+        ([], 10, 0.5), (["--recipe", "big"], 300, 2), (["--epochs", 10, "--recipe", "big"], 10, 2),
+        (["--resume", "--out", run], 300, 3), (["--eval", run / "best.pt"], 10, 0.5),
+    ):  # fmt: skip
+        args = parse(*words)
+        assert (args["epochs"], args["rate"]) == (epochs, rate)
+    args = parse("--eval", run / "best.pt", "--epochs", 5, kept=("rate", "epochs", "unheard_of"))
+    assert (args["epochs"], args["rate"], args["workers"]) == (5, 3, 0)
+    torch.save(dict(config=dict(rate=9)), run / "public.pt")  # what others call `config` is not ours
+    assert parse("--eval", run / "public.pt", kept=("rate",))["rate"] == 0.5
+
+
+def test_what_a_resumed_run_may_change(run, tmp_path):
+    args = parse("--resume", run / "last.pt", "--workers", 7, "--device", "cpu", "--rate", 3)
+    assert (args["workers"], args["device"], args["rate"], args["out"]) == (7, "cpu", 3, str(run))
+    assert parse("--resume", run / "last.pt", "--out", tmp_path / "other")["out"] == str(tmp_path / "other")
+    for flag, value in (("--rate", 4), ("--seed", 1), ("--recipe", "laptop"), ("--precision", "bf16")):
+        with pytest.raises(SystemExit, match=flag):
+            parse("--resume", run / "last.pt", flag, value)
+
+
+def test_what_cannot_be_resumed(run, tmp_path):
+    """Nothing, a best.pt, a checkpoint of a script with other flags, and what is no checkpoint of a script."""
+    last = runs.load(run / "last.pt")
+    runs.save(tmp_path / "flags.pt", last | dict(config=last["config"] | dict(other=1)))
+    torch.save({"head.weight": torch.zeros(2)}, tmp_path / "weights.pt")
+    for path in (tmp_path / "nothing.pt", run / "best.pt", tmp_path / "flags.pt", tmp_path / "weights.pt"):
+        with pytest.raises(SystemExit, match=path.name):
+            parse("--resume", path)
+
+
+@pytest.mark.parametrize("script", [pretrain, finetune, detect])
+def test_one_epoch_of_any_recipe(script):
+    """Warm-ups made for long runs give way; no other."""
+    for recipe in script.RECIPES:
+        for words in (["--epochs", "1"], ["--dry-run"]):
+            args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words])
+            runs.settle(args, warmup_share=0.1)
+            assert args.epochs == 1 and 0 < args.warmup_epochs < 1
+    args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"])
+    runs.settle(args, warmup_share=0.1)
+    assert args.warmup_epochs == 3
+
+
+def test_a_run_folder(run):
+    """What is logged is what last.pt holds; another run moves it aside, the same one does not."""
+    last, best = runs.load(run / "last.pt"), runs.load(run / "best.pt")
+    assert last.keys() - best.keys() == {"optimizer"} and torch.equal(last["weights"], torch.arange(3.0))
+    assert [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == HISTORY
+    assert json.loads((run / "args.json").read_text()) == last["config"]
+    runs.prepare_folder(argparse.Namespace(**parse("--resume", run / "last.pt")))
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    assert before.keys() == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    for seed in (1, 2):
+        args = argparse.Namespace(**parse("--out", run, "--seed", seed))
+        runs.prepare_folder(args)
+        runs.save_run(args, dict(history=[]))
+    assert before == {path.name: path.read_bytes() for path in run.with_name("run-1").iterdir()}
+    assert [runs.load(run.with_name(name) / "last.pt")["config"]["seed"] for name in ("run-2", "run")] == [1, 2]
+
+
+def test_a_failed_write_leaves_the_old_file(run):
+    before = (run / "last.pt").read_bytes()
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        runs.save(run / "last.pt", dict(weights=torch.zeros(3), code=lambda: None))
+    assert (run / "last.pt").read_bytes() == before
+
+
+class Code:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path / "made"), "w")  # is called when this is unpickled
+
+
+def test_files_that_are_not_read(run, tmp_path):
+    """Missing, empty, cut and damaged ones, and those that would run code: none of it runs."""
+    whole = (run / "last.pt").read_bytes()
+    contents = dict(empty=b"", text=b"no checkpoint", head=whole[:100], half=whole[: len(whole) // 2], end=whole[:-10])
+    contents["pickle"] = pickle.dumps(Code(tmp_path), protocol=2)
+    for name, content in contents.items():
+        (tmp_path / f"{name}.pt").write_bytes(content)
+    torch.save(dict(code=Code(tmp_path)), tmp_path / "code.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in (*contents, "code", "list", "missing"):
+        with pytest.raises(SystemExit, match=f"{name}.pt"):
+            runs.load(tmp_path / f"{name}.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_settings_in_a_namespace_are_let_in(tmp_path):
+    torch.save(dict(model={"w": torch.ones(2)}, args=argparse.Namespace(lr=1.0)), tmp_path / "public.pt")
+    assert runs.load(tmp_path / "public.pt")["args"].lr == 1

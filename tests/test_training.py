@@ -1,0 +1,133 @@
+"""Schedules, parameter groups, seeds, precision and processes: closed forms, and lists written out."""
+
+import math
+
+import pytest
+import torch
+
+import training
+from model import PCAE, Classifier, ViT
+from ptr import PTR
+from training import World
+
+CPU = torch.device("cpu")
+
+def test_warmup_cosine():
+    def rates(*steps, warmup=10):
+        return [training.warmup_cosine(step, peak=0.4, total=50, warmup=warmup) for step in steps]
+
+    assert rates(0, 1, 5, 10) == pytest.approx([0, 0.04, 0.2, 0.4])
+    assert rates(20, 30, 50) == pytest.approx([0.2 * (1 + math.sqrt(0.5)), 0.2, 0], abs=1e-12)
+    assert rates(0, 25, 50, warmup=0) == pytest.approx([0.4, 0.2, 0], abs=1e-12)
+    assert rates(10 - 1e-9, 10 + 1e-9) == pytest.approx([0.4, 0.4]), "no jump between the two parts"
+
+
+def test_warmup_steps():
+    def rates(*steps, warmup=10):
+        options = dict(peak=0.4, milestones=[20.0, 30.0], warmup=warmup)
+        return [training.warmup_steps(step, **options) for step in steps]
+
+    assert rates(0, 1, 5, 10, 19) == pytest.approx([0, 0.04, 0.2, 0.4, 0.4])
+    assert rates(20, 29, 30, 99) == pytest.approx([0.04, 0.04, 0.004, 0.004])
+    assert rates(0, 19, 20, warmup=0) == pytest.approx([0.4, 0.4, 0.04])
+
+
+def test_ema_momentum():
+    values = [training.ema_momentum(step, base=0.9, total=40) for step in range(41)]
+    assert [values[i] for i in (0, 10, 20, 40)] == pytest.approx([0.9, 1 - 0.05 * (1 + math.sqrt(0.5)), 0.95, 1])
+    assert values == sorted(values) and training.ema_momentum(7, base=1, total=40) == 1
+
+
+def grouped(model, **options):
+    """{name: (lr_scale, weight_decay)} of all that is trained; each parameter is in one group."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = training.parameter_groups(model, 0.05, **options)
+    found = [(names[p], (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
+    assert sorted(name for name, _ in found) == sorted(names[p] for p in model.parameters() if p.requires_grad)
+    return dict(found)
+
+
+def test_what_decays():
+    """Weights of linear layers and of the patch embedding; no bias, norm, class or mask token, or position."""
+    student = ViT((8, 12), 4, dim=16, depth=2, heads=2)
+    model = PCAE(student, ptr=PTR((0,), 0.2), decoder_dim=8, decoder_depth=1, decoder_heads=2)
+    layers = [f"{block}.{layer}.weight" for block in ("student.blocks.0", "student.blocks.1", "decoder.blocks.0")
+              for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
+    layers += ["student.patch_embed.proj.weight", "decoder.embed.weight", "decoder.pred.weight"]
+    found = grouped(model)
+    assert {name for name, group in found.items() if group == (1, 0.05)} == set(layers)
+    assert {"student.cls_token", "decoder.mask_token", "student.norm.weight", "decoder.pred.bias"} < found.keys()
+    assert all(found[name] == (1, 0) and not name.startswith("teacher.") for name in found.keys() - set(layers))
+    student.pos_embed.requires_grad_()
+    assert grouped(model)["student.pos_embed"] == (1, 0)
+
+
+@pytest.mark.parametrize("pool", ["mean", "class"])
+def test_layer_decay(pool):
+    """A factor from the head to the last block, from each block to the one before, and to what makes the tokens."""
+    found = grouped(Classifier(ViT((8, 12), 4, dim=16, depth=11, heads=2), 5, pool=pool), layer_decay=0.5)
+    for name, (scale, _) in found.items():
+        power = 12 if name.split(".")[1] in ("cls_token", "pos_embed", "patch_embed") else 0
+        if ".blocks." in name:
+            power = 11 - int(name.split(".")[2])
+        assert scale == pytest.approx(0.5**power), name
+    assert ("encoder.norm.weight" in found) == (pool == "class") and "head.weight" in found
+    frozen = Classifier(ViT((8, 12), 4, dim=16, depth=11, heads=2), 5, frozen=True)
+    assert grouped(frozen, layer_decay=0.5) == {"head.weight": (1, 0.05), "head.bias": (1, 0)}
+
+
+def test_seeds():
+    """The same of the same parts, else another: 63 bits, which every generator of torch takes."""
+    assert training.derive_seed(0, "view", 3, 14) == training.derive_seed(0, "view", 3, 14)
+    parts = [("1", 2), (1, "2"), (1, 2), (12,), ("12",), (2, 1), (-1, 2), ("1, 2",), ()]
+    parts += [(seed, "view", epoch, index) for seed in range(4) for epoch in range(10) for index in range(40)]
+    seeds = {training.derive_seed(*some) for some in parts}
+    assert len(seeds) == len(parts) and all(0 <= seed < 2**63 for seed in seeds) and max(seeds) > 2**62
+
+
+def test_generators():
+    def own(*parts):
+        return torch.rand(4, generator=training.generator(*parts)).tolist()
+
+    def of_torch(*parts):
+        training.seed_generators(CPU, *parts)
+        return torch.rand(4).tolist()
+
+    assert of_torch(1, "a") == of_torch(1, "a") != of_torch(2, "a")
+    state = torch.get_rng_state()
+    assert own(1, "a") == own(1, "a") != own(1, "b")
+    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
+
+
+def test_autocast_on_a_cpu():
+    for precision, dtype in dict(auto=torch.float32, fp32=torch.float32, bf16=torch.bfloat16).items():
+        with training.autocast(CPU, precision):
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_a_single_process():
+    world = training.start_world("cpu")
+    assert world == World(0, 1, CPU) and world.is_main
+    assert training.gather_lists([1, 2]) == [1, 2]
+    assert training.mean_over_processes(torch.tensor([3.0])).tolist() == [3.0]
+    training.end_world()
+
+
+def test_a_device_that_is_not_here():
+    with pytest.raises(SystemExit, match="--device toaster"):
+        training.start_world("toaster")
+
+
+@pytest.mark.parametrize(
+    "batch, micro, processes, expected",
+    [(16, None, 1, (16, 1)), (16, 4, 1, (4, 4)), (16, None, 2, (8, 1)), (16, 4, 2, (4, 2)), (16, 99, 4, (4, 1)),
+     (15, None, 2, None), (16, 5, 1, None), (16, 3, 2, None), (1, None, 2, None), (0, None, 1, None)],
+)  # fmt: skip
+def test_batch_sizes(batch, micro, processes, expected):
+    """(images at once, times): in all processes together they make the batch, or there is no run."""
+    world = World(0, processes, CPU)
+    if expected is None:
+        with pytest.raises(SystemExit, match="--batch-size"):
+            training.batch_sizes(batch, micro, world)
+    else:
+        assert training.batch_sizes(batch, micro, world) == expected

@@ -1,0 +1,169 @@
+"""What the training loops call by its name in the field: processes, seeds, precision, schedules, parameter groups."""
+
+import contextlib
+import hashlib
+import math
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all those that torchrun started; a single one without it."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_world(device: str) -> World:
+    """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`..."""
+    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device = accelerator.type if accelerator is not None else "cpu"
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"error: --device {device} cannot be used here ({error})") from None
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo")
+    return World(rank, max(size, 1), torch.device(device))
+
+
+def end_world() -> None:
+    """Leave the other processes in good order."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """Average a tensor over all processes (itself where there is one)."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values = values / dist.get_world_size()
+    return values
+
+
+def gather_lists(items: list[Any]) -> list[Any]:
+    """The lists of all processes, one behind the other."""
+    if not dist.is_initialized():
+        return items
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, items)
+    return [item for some in lists for item in some]
+
+
+def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple[int, int]:
+    """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
+    share = batch_size // world.size
+    micro_batch = min(micro_batch or share, share)
+    if not share or share * world.size != batch_size or share % micro_batch:
+        raise SystemExit(
+            f"error: --batch-size {batch_size} is not {world.size} process(es) x some times --micro-batch {micro_batch}"
+        )
+    return micro_batch, share // micro_batch
+
+
+# --- seeds and precision ----------------------------------------------------------------------------------------------
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A 63-bit seed from what identifies a random draw, such as (seed, epoch, index): equal parts, equal draws.
+
+    With every draw seeded by its own place in the run there is no generator state to save, to restore or to keep equal
+    across processes.
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A CPU random generator seeded by `derive_seed(*parts)`."""
+    return torch.Generator().manual_seed(derive_seed(*parts))
+
+
+def seed_generators(device: torch.device, *parts: int | str) -> None:
+    """Seed torch's own generators, of the CPU and of `device`, with `derive_seed(*parts)`.
+
+    `torch.manual_seed` does this for every kind of device, which takes milliseconds where there is none.
+    """
+    seed = derive_seed(*parts)
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
+    """bf16 autocast or none; `auto` is bf16 on CUDA cards that have it."""
+    if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        precision = "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+# --- schedules: functions of the global step --------------------------------------------------------------------------
+
+
+def warmup_cosine(step: float, *, peak: float, total: float, warmup: float) -> float:
+    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, then half a cosine down to 0 at `total`."""
+    if step < warmup:
+        return peak * step / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def warmup_steps(step: float, *, peak: float, milestones: list[float], warmup: float) -> float:
+    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, a tenth of it after each of `milestones`."""
+    rate = peak * min(step / warmup, 1.0) if warmup else peak
+    return rate * 0.1 ** sum(step >= milestone for milestone in milestones)
+
+
+def ema_momentum(step: float, *, base: float, total: float) -> float:
+    """EMA momentum at `step`: half a cosine from `base` up to 1 at `total` (BYOL, DINO)."""
+    return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+# --- parameter groups -------------------------------------------------------------------------------------------------
+
+
+def layer_index(name: str, depth: int) -> int:
+    """Where a parameter of a ViT sits: 0 for what makes tokens, i + 1 for block i, depth + 1 for all behind them."""
+    block = re.search(r"\bblocks\.(\d+)\.", name)
+    if block:
+        return int(block[1]) + 1
+    return 0 if re.search(r"\b(cls_token|pos_embed|patch_embed)\b", name) else depth + 1
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+    """Trainable parameters in groups: matrices decay; biases, norms, class, mask and position tokens do not.
+
+    With `layer_decay` the learning rate falls by that factor from each block to the one before it (BEiT, MAE): a
+    group's `lr_scale`, which is 1 for the head, is layer_decay^(depth + 1 - layer_index).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    depth = 1 + max((int(i) for name in names for i in re.findall(r"\bblocks\.(\d+)\.", name)), default=-1)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not name.endswith(("cls_token", "mask_token", "pos_embed"))
+            lr_scale = layer_decay ** (depth + 1 - layer_index(name, depth))
+            groups.setdefault((lr_scale, weight_decay * decays), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_scale": lr_scale}
+        for (lr_scale, decay), parameters in sorted(groups.items(), reverse=True)
+    ]

@@ -1,0 +1,213 @@
+"""Encoders and classifiers from files, ours or public ones (MAE, DINO, DeiT, MoCo v3, timm), and out again for timm."""
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from model import MODELS, Classifier, ViT, grid_size
+
+WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")  # what DDP, torch.compile, DINO and we put before a name
+MOCO = {"student": "base_encoder.", "teacher": "momentum_encoder."}
+# Names that begin like this and that our ViT does not have would change what an encoder computes.
+ESSENTIAL = (
+    "blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens",
+    "rel_pos", "rope",
+)  # fmt: skip
+
+# --- in ---------------------------------------------------------------------------------------------------------------
+
+
+def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[str, Tensor]:
+    """The tensors of a checkpoint by timm's names, whatever it wraps them in.
+
+    Looks for the `weights` (`student` or `teacher`) of ours, DINO's and MoCo v3's files, else under `model` (MAE, DeiT)
+    or `state_dict` (timm), else takes the checkpoint for the tensors themselves. Raises ValueError.
+    """
+    places = [key for key in (weights, "model", "state_dict") if key in checkpoint]
+    other = {"student": "teacher", "teacher": "student"}[weights]
+    if not places and other in checkpoint:
+        raise ValueError(f"it holds the weights of the {other} alone: use --weights {other}")
+    found = checkpoint[places[0]] if places else checkpoint
+    tensors = {}
+    for name, value in found.items():
+        while wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
+            name = name.removeprefix(wrapper)
+        if isinstance(value, Tensor):
+            tensors[name] = value
+    moco = {name.removeprefix(MOCO[weights]): t for name, t in tensors.items() if name.startswith(MOCO[weights])}
+    if weights == "teacher" and not moco and "teacher" not in checkpoint:
+        raise ValueError("it holds one set of weights and no teacher's: use --weights student")
+    return moco or tensors
+
+
+def infer_arguments(
+    tensors: dict[str, Tensor], heads: int | None = None, image_size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The arguments of the ViT that these weights are of. Raises ValueError.
+
+    They do not say how many `heads` they are for: by default as many as the usual model of this width has; nor for
+    which grid: that of `image_size` (H, W) where it has as many patches, else a square one.
+    """
+    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    absent = [name for name in needed if name not in tensors]
+    if absent:
+        raise ValueError(f"it is not a plain ViT with a class token: {', '.join(absent)} missing")
+    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+        if tensors[name].ndim != ndim:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, which is not a plain ViT's")
+    dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    num_patches = tensors["pos_embed"].shape[1] - 1
+    grid = (math.isqrt(num_patches),) * 2
+    if image_size is not None and math.prod(grid_size(image_size, patch_size)) == num_patches:
+        grid = grid_size(image_size, patch_size)
+    if math.prod(grid) != num_patches:
+        raise ValueError(
+            f"its {1 + num_patches} positions are not a class token and a square of patches (--image-size can name "
+            "another grid)"
+        )
+    usual = {size["dim"]: size["heads"] for size in MODELS.values()}
+    if heads is None and dim not in usual:
+        raise ValueError(f"its width {dim} is not a usual one: say how many heads it has (--heads)")
+    return dict(
+        image_size=tuple(side * patch_size for side in grid),
+        patch_size=patch_size,
+        channels=channels,
+        dim=dim,
+        depth=1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name))),
+        heads=heads or usual[dim],
+        mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / dim,
+    )
+
+
+def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Positions (1, 1 + N, D) of one grid of patches (rows, columns) for another one, bicubic as in MAE and DeiT."""
+    patches = rearrange(pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
+    patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
+
+
+def load_encoder(
+    checkpoint: dict[str, Any],
+    *,
+    weights: str = "student",
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    drop_path: float = 0.0,
+    log: Callable[[str], None] = print,
+) -> ViT:
+    """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3 or timm.
+
+    `image_size` (H, W) other than the checkpoint's resizes the positions. `log` gets a line on what matched. Raises
+    ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's tensors are there.
+    """
+    tensors = find_weights(checkpoint, weights)
+    if "encoder" in checkpoint and "config" in checkpoint:  # ours says what it is
+        arguments = checkpoint["encoder"]
+    else:
+        arguments = infer_arguments(tensors, heads, image_size)
+        is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
+        if is_moco and heads is None and arguments["dim"] == 384:
+            arguments["heads"] = 12  # its ViT-S has twice the usual number
+    encoder = ViT(**(arguments | dict(image_size=image_size or arguments["image_size"])), drop_path=drop_path)
+    old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
+    if old_grid != encoder.grid and "pos_embed" in tensors:
+        log(f"positions resized from {' x '.join(map(str, old_grid))} to {' x '.join(map(str, encoder.grid))} patches")
+        tensors = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"].float(), old_grid, encoder.grid))
+    take_weights(encoder, tensors, log)
+    return encoder
+
+
+def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], None] = print) -> None:
+    """Copy what `tensors` have of an encoder's weights, and log it. Raises ValueError as `load_encoder` does."""
+    own = encoder.state_dict()
+    matched = {name: tensors[name] for name in own if name in tensors}
+    missing = [name for name in own if name not in tensors]
+    left_over = [name for name in tensors if name not in own]
+    foreign = [name for name in left_over if name.startswith(ESSENTIAL)]
+    if foreign:
+        raise ValueError(f"it is not a plain ViT, but has {', '.join(foreign[:3])} besides")
+    for name, tensor in matched.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
+    # Of tensors, not numbers: biases and norms are few numbers. A mean-pooled classifier has no final norm.
+    inner = [name for name in own if not name.startswith("norm.")]
+    share = sum(name in matched for name in inner) / len(inner)
+    if share < 0.9:
+        raise ValueError(f"only {share:.0%} of the encoder is there; missing: {', '.join(missing[:5])}, ...")
+    encoder.load_state_dict(matched, strict=False)
+
+    def few(names: list[str]) -> str:
+        return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
+
+    log(
+        f"weights {len(matched)} of {len(own)} tensors matched; {len(missing)} missing{few(missing)}; "
+        f"{len(left_over)} left over{few(left_over)}"
+    )
+
+
+def load_classifier(
+    checkpoint: dict[str, Any],
+    *,
+    pool: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    heads: int | None = None,
+    log: Callable[[str], None] = print,
+) -> Classifier:
+    """The classifier in a loaded checkpoint of `finetune.py`, or a public one. Raises ValueError.
+
+    A public file with `fc_norm` pools the mean (MAE); one without it the class token (DeiT, timm), unless `pool` says
+    otherwise.
+    """
+    tensors = find_weights(checkpoint)
+    head = tensors.get("head.weight")
+    if head is None or any(name.startswith("pre_logits.") for name in tensors):
+        raise ValueError("it holds no classifier with a linear head (head.weight)")
+    known = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else None)
+    if pool not in (None, known or pool):
+        raise ValueError(f"it was made for the other way to pool (--pool {known})")
+    top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
+    below = {name: tensor for name, tensor in tensors.items() if name not in top}
+    ours = {name: checkpoint[name] for name in ("config", "encoder") if name in checkpoint}
+    encoder = load_encoder(ours | dict(model=below), image_size=image_size, heads=heads, log=log)
+    model = Classifier(encoder, len(head), pool=known or "class", frozen="fc_norm.running_mean" in tensors)
+    model.pool = known or pool or "class"
+    absent = [name for name in model.load_state_dict(top, strict=False).missing_keys if not name.startswith("encoder.")]
+    if absent:
+        raise ValueError(f"its head is not whole: {', '.join(absent)} missing")
+    return model
+
+
+# --- out --------------------------------------------------------------------------------------------------------------
+
+
+def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
+    """An encoder's or classifier's weights by timm's names; a linear probe's BatchNorm is folded into its head."""
+    tensors = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
+    if isinstance(model, Classifier) and model.frozen:
+        mean, std = model.fc_norm.running_mean, (model.fc_norm.running_var + model.fc_norm.eps).sqrt()
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("fc_norm.")}
+        tensors["head.weight"] = model.head.weight.detach() / std
+        tensors["head.bias"] = model.head.bias.detach() - tensors["head.weight"] @ mean
+    return tensors
+
+
+def timm_call(model: ViT | Classifier) -> str:
+    """The call that makes the timm model which these weights fit, strictly."""
+    encoder = model.encoder if isinstance(model, Classifier) else model
+    sizes = encoder.arguments
+    usual = {size["dim"]: name for name, size in MODELS.items() if name != "vit_mini"}
+    name = f"{usual.get(sizes['dim'], 'vit_base')}_patch16_224".replace("huge_patch16", "huge_patch14")
+    options = dict(
+        img_size=encoder.image_size, patch_size=sizes["patch_size"], in_chans=sizes["channels"], embed_dim=sizes["dim"],
+        depth=sizes["depth"], num_heads=sizes["heads"], mlp_ratio=sizes["mlp_ratio"], num_classes=0,
+    )  # fmt: skip
+    if isinstance(model, Classifier):
+        options |= dict(num_classes=model.head.out_features, global_pool="avg" if model.pool == "mean" else "token")
+        options |= dict(fc_norm=False) if model.frozen else {}
+    return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())})"
