@@ -24,6 +24,7 @@ import runs
 import scores
 import training
 from baselines import MAE, SimMIM
+from image_files import ImageFiles
 from model import MODELS, PCAE, Classifier, ViT
 from ptr import PTR, drop_blocks, token_counts
 from shapes import Shapes
@@ -226,7 +227,7 @@ def loading(args: argparse.Namespace) -> Iterator[str]:
             pixels = 0.85 * tvf.resize(torch.rand(3, 24, 32), [375, 500]) + 0.15 * torch.rand(3, 375, 500)
             tvf.to_pil_image(pixels.clamp(0, 1)).save(f"{folder}/{i}.jpg", quality=90)
         paths = list(Path(folder).iterdir())
-        views = data.Views(data.ImageFiles(Path(folder)), data.pretraining_view(size, 0.2))
+        views = data.Views(ImageFiles(Path(folder)), data.pretraining_view(size, 0.2))
         shapes = data.Views(Shapes("train", count, (32, 32)), data.pretraining_view((32, 32), 1.0))
         readers = {
             "JPEG: Pillow, crop, ToTensor, Normalize": lambda: [usual(Image.open(p).convert("RGB")) for p in paths],

@@ -3,9 +3,10 @@
 import contextlib
 import io
 import json
+import math
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 
-from data import UnreadableImage, Views, read_image
+from data import Views
+from image_files import UnreadableImage, read_image
 from shapes import SHAPES, draw_scene
 from training import generator
 
@@ -53,9 +55,12 @@ class CocoDetection(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         info = self.coco.imgs[self.ids[index]]
-        image, size = read_image(self.folder / info["file_name"]), (info["height"], info["width"])
+        path, size = self.folder / info["file_name"], (info["height"], info["width"])
+        image = read_image(path, upright=False)  # as it was annotated, if its stored size is the annotated one
         if image.shape[1:] != size:
-            raise UnreadableImage(f"{info['file_name']}: {tuple(image.shape[1:])} pixels, annotated as {size}")
+            image = read_image(path)
+        if image.shape[1:] != size or max(size) > 32 * min(size):  # of thinner ones resizing would leave nothing
+            raise UnreadableImage(f"{path}: {tuple(image.shape[1:])} pixels, annotated as {size}, or far too thin")
         found = [a for a in self.coco.imgToAnns[info["id"]] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
@@ -67,6 +72,13 @@ class CocoDetection(Dataset):
         labels = [category for category, _ in self.categories]
         labels = torch.tensor([1 + labels.index(a["category_id"]) for a in found], dtype=torch.int64)
         return image, dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
+
+    def use_categories(self, categories: list[tuple[int, str]]) -> None:
+        """Number the labels by the (id, name) of the images that were trained on."""
+        unknown = set(self.categories) - set(categories)
+        if unknown:
+            raise SystemExit(f"error: --data: {self.folder} has categories that were not trained on: {unknown}")
+        self.categories = categories
 
     def describe(self) -> str:
         """118,287 images with 849,949 objects of 80 classes."""
@@ -86,12 +98,14 @@ def tidy(content: dict[str, Any]) -> dict[str, Any]:
     kept = [a for a in listed if a["category_id"] in categories and is_usable(a, images[a["image_id"]])]
     if len(kept) < len(listed):
         print(f"left out {len(listed) - len(kept)} of {len(listed)} objects without a usable box, mask or category")
-    if not kept:
-        raise ValueError("it marks no object with a box and a mask (segmentation) in the images that it lists")
+    if 2 * len(kept) <= len(listed):
+        raise ValueError("hardly any object has a box and a mask (segmentation)")
+    check_units(kept)
     for number, annotation in enumerate(kept, start=1):
         box = annotation["bbox"]
         annotation |= dict(id=number, iscrowd=int(annotation.get("iscrowd") or 0))
-        annotation.setdefault("area", box[2] * box[3])
+        if not isinstance(annotation.get("area"), int | float):
+            annotation["area"] = box[2] * box[3]
     return dict(images=content["images"], categories=content["categories"], annotations=kept)
 
 
@@ -102,11 +116,35 @@ def is_usable(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
     """
     box, mask = annotation.get("bbox") or (), annotation.get("segmentation")
     if isinstance(mask, dict):
-        masked, numbers = list(mask["size"]) == list(size), list(box)
+        masked, numbers = list(mask["size"]) == list(size) and fills_image(mask), list(box)
     else:
         masked = annotation["segmentation"] = [points for points in mask or () if len(points) >= 6]
         numbers = [*box, *(number for points in masked for number in points)]
     return bool(masked) and len(box) == 4 and all(abs(number) <= 4 * max(size) for number in numbers)
+
+
+def fills_image(mask: dict[str, Any]) -> bool:
+    """Whether the runs of a run-length encoded mask are as long as its image: pycocotools trusts that they are."""
+    counts = mask.get("counts")
+    if isinstance(counts, list):
+        return min(counts, default=-1) >= 0 and sum(counts) == math.prod(mask["size"])
+    try:
+        return encode_mask(torch.from_numpy(coco_mask.decode(mask)))["counts"] == counts
+    except (ValueError, TypeError):
+        return False
+
+
+def check_units(annotations: list[dict[str, Any]]) -> None:
+    """Raise ValueError where most boxes are not around their polygons: in other units, or in another order."""
+    some = [a for a in annotations if isinstance(a["segmentation"], list)][:1000]
+    points = [torch.tensor([x for polygon in a["segmentation"] for x in polygon]).view(-1, 2) for a in some]
+    around = torch.tensor([[*xy.amin(0).tolist(), *xy.amax(0).tolist()] for xy in points]).view(-1, 4)
+    boxes = box_convert(torch.tensor([a["bbox"] for a in some], dtype=torch.float32).view(-1, 4), "xywh", "xyxy")
+    shared = (torch.minimum(boxes, around)[:, 2:] - torch.maximum(boxes, around)[:, :2]).clamp(min=0).prod(1)
+    areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (boxes, around)]
+    apart = shared < 0.5 * (areas[0] + areas[1] - shared)  # intersection over union below one half
+    if len(some) >= 5 and (2 * apart.sum() > len(some) or boxes.max() <= 1):  # of fewer nothing can be said
+        raise ValueError("its boxes are not around its masks: both must be in pixels, a box left, top, width, height")
 
 
 def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
@@ -232,10 +270,38 @@ class DetectionViews(Views):
         return image, target
 
 
-def collate(samples: list[tuple[Tensor, Target, bool]]) -> tuple[list[Tensor], list[Target], Tensor]:
-    """Views and targets as lists, since sizes and numbers differ, and which images could be read."""
+class Packed(NamedTuple):
+    """A batch in few tensors: each that a loader's process hands over takes a file descriptor, and these are few."""
+
+    pixels: Tensor  # of all images, then of all masks: uint8, flat
+    boxes: Tensor  # (n, 4) of all objects
+    labels: Tensor  # (n,)
+    readable: Tensor  # (B,)
+    shapes: list[tuple[int, ...]]  # (C, H, W) of each image
+    counts: list[int]  # objects of each image
+    image_ids: list[int]
+
+
+def pack(samples: list[tuple[Tensor, Target, bool]]) -> Packed:
+    """Images of any sizes, their targets, and which of them could be read."""
     images, targets, readable = zip(*samples, strict=True)
-    return list(images), list(targets), torch.tensor(readable)
+    flat = [image.flatten() for image in images] + [target["masks"].flatten() for target in targets]
+    boxes, labels = (torch.cat([target[name] for target in targets]) for name in ("boxes", "labels"))
+    shapes, counts = [tuple(image.shape) for image in images], [len(target["labels"]) for target in targets]
+    image_ids = [target["image_id"] for target in targets]
+    return Packed(torch.cat(flat), boxes, labels, torch.tensor(readable), shapes, counts, image_ids)
+
+
+def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
+    """Images, targets and which images could be read: what `pack` was given."""
+    mask_shapes = [(count, *shape[1:]) for count, shape in zip(batch.counts, batch.shapes, strict=True)]
+    shapes = [*batch.shapes, *mask_shapes]
+    parts = batch.pixels.split([math.prod(shape) for shape in shapes])
+    parts = [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    images, masks = parts[: len(batch.shapes)], parts[len(batch.shapes) :]
+    columns = batch.boxes.split(batch.counts), batch.labels.split(batch.counts), masks, batch.image_ids
+    names = "boxes", "labels", "masks", "image_id"
+    return images, [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], batch.readable
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -264,7 +330,9 @@ def average_precision(
     scores = {}
     for name, kind in (("box", "bbox"), ("mask", "segm")):
         with contextlib.redirect_stdout(io.StringIO()) as summary:
-            found = images.coco.loadRes([dict(r) for r in results]) if results else COCO()  # takes no empty list
+            # Without boxes masks are counted as small, medium or large by their own area. It takes no empty list.
+            rows = [{key: value for key, value in r.items() if kind == "bbox" or key != "bbox"} for r in results]
+            found = images.coco.loadRes(rows) if rows else COCO()
             evaluation = COCOeval(images.coco, found, kind)
             evaluation.params.imgIds = sorted(image_ids)
             evaluation.evaluate()

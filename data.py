@@ -6,7 +6,6 @@ what is trained on. Workers hand over uint8; `Normalize` scales on the device.
 
 import argparse
 import os
-import struct
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision.datasets import CIFAR10, CIFAR100, STL10, ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode, decode_jpeg, read_file
+from torchvision.datasets import CIFAR10, CIFAR100, STL10
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
+from image_files import ImageFiles, UnreadableImage, class_folders
 from shapes import Shapes
 from training import World, derive_seed, generator
 
@@ -61,105 +58,6 @@ def fill_in(args: argparse.Namespace) -> None:
     for name, value in (dict(workers=min(8, max(1, cores))) | SETS.get(args.data, FOLDER)).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
-
-
-# --- image files ------------------------------------------------------------------------------------------------------
-
-# What Pillow's parsers raise on broken files; OSError covers missing, truncated and unidentified ones.
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
-
-
-class UnreadableImage(Exception):
-    """An image file that cannot be decoded; the message names it."""
-
-
-def read_image(path: str | Path) -> Tensor:
-    """Any image file as upright RGB, uint8 (3, H, W): of an animation the first frame. Raises UnreadableImage.
-
-    JPEG is decoded by torchvision (about twice as fast as Pillow, same pixels), all else, and what that refuses, by
-    Pillow, which also looks at every header first.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.format == "JPEG":
-                has_exif = "exif" in image.info  # to look for it costs torchvision a tenth of the time
-                try:
-                    return decode_jpeg(read_file(str(path)), mode=ImageReadMode.RGB, apply_exif_orientation=has_exif)
-                except RuntimeError:
-                    pass  # rare encodings, or broken: Pillow knows
-            return tvf.pil_to_tensor(to_rgb(ImageOps.exif_transpose(image)))
-    except DECODING_ERRORS as error:
-        raise UnreadableImage(f"{path}: {error}") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow image of any mode -> RGB: 16-bit grey is scaled (Pillow would clip it), transparency lies on white."""
-    if image.mode.startswith("I"):  # "I;16" and its kin, or 32-bit integers that hold 16-bit values
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-        image.info.pop("transparency", None)  # one of the 16-bit greys, which no 8-bit one can stand for
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
-def is_image_file(path: str) -> bool:
-    """Whether a file's name says it is an image, and not a hidden one: a Mac leaves ._photo.jpg beside photo.jpg."""
-    name = os.path.basename(path)
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-
-def find_images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted; linked folders are followed."""
-    walk = os.walk(folder, followlinks=True)
-    found = sorted(os.path.join(parent, name) for parent, _, files in walk for name in files if is_image_file(name))
-    if not folder.is_dir():
-        raise SystemExit(f"error: there is no folder {folder}; --data knows by name {', '.join(SETS)}")
-    if not found:
-        raise SystemExit(f"error: the folder {folder} holds no image files ({' '.join(IMG_EXTENSIONS)})")
-    return found
-
-
-class ImageFiles(Dataset):
-    """Every image file of a folder tree, without labels (-1)."""
-
-    classes: list[str] = []
-
-    def __init__(self, folder: Path):
-        self.paths = find_images(folder)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return read_image(self.paths[index]), -1
-
-
-class ClassFolders(ImageFolder):
-    """Image files in one folder for each class, but for hidden ones, such as an editor leaves."""
-
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
-        return names, {name: i for i, name in enumerate(names)}
-
-
-def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolders:
-    """The images of `folder`, which has a folder for each class; with `classes` of another split, numbered as there."""
-    try:
-        images = ClassFolders(folder, loader=read_image, is_valid_file=is_image_file)
-    except FileNotFoundError as error:
-        raise SystemExit(f"error: --data: labels need train/ and val/ with a folder for each class ({error})") from None
-    if classes is not None and images.classes != classes:
-        unknown = [name for name in images.classes if name not in classes]
-        if unknown:
-            raise SystemExit(f"error: --data: {folder} has classes that were not trained on: {', '.join(unknown[:5])}")
-        images.samples = [(path, classes.index(images.classes[label])) for path, label in images.samples]
-        images.targets = [label for _, label in images.samples]
-        images.classes = classes
-    return images
 
 
 # --- data sets by name ------------------------------------------------------------------------------------------------
@@ -340,9 +238,9 @@ class Views(Dataset):
             except UnreadableImage as error:
                 warnings.warn(f"left out an unreadable image: {error}", stacklevel=2)
                 if not self.replace:
-                    break
+                    return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, False
                 index = int(torch.randint(len(self), ()))
-        return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, False
+        raise UnreadableImage("of 20 images drawn at random not one can be read")
 
 
 def check_readable(unreadable: int, seen: int) -> None:
@@ -367,7 +265,9 @@ def training_loader(views: Views, batch_size: int, workers: int, world: World, *
     sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=seed, drop_last=True)
     return DataLoader(
         views, batch_size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0, **options,
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # else it would draw from torch's own, which each step seeds
+        **options,
     )  # fmt: skip
 
 
@@ -380,6 +280,22 @@ def evaluation_loader(views: Views, batch_size: int, workers: int, world: World,
 def evaluation_views(images: Dataset, args: argparse.Namespace) -> Views:
     """What features and classifiers are scored on: the centre of an image, 8/7 smaller (256 -> 224, as is usual)."""
     return Views(images, CenterView(sides(args.image_size), margin=8 / 7), args.channels, replace=False)
+
+
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """A loader's batches. What its processes mostly die of, in a container or with few descriptors, gets one line."""
+    try:
+        yield from loader
+    except UnreadableImage as error:  # one from a loader's process brings its traceback along
+        raise SystemExit(f"error: --data: {str(error).splitlines()[-1]}") from None
+    except (RuntimeError, OSError) as error:
+        signs = "DataLoader worker (pid", "No space left", "shared memory", "ancdata", "Too many open files"
+        if not any(sign in str(error) for sign in signs):
+            raise
+        raise SystemExit(
+            "error: the processes that load data ran out of memory, shared memory (/dev/shm) or file descriptors: "
+            f"take fewer --workers, 0 for none ({str(error).splitlines()[-1]})"
+        ) from None
 
 
 class Normalize(nn.Module):

@@ -202,7 +202,7 @@ def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def scoring_loader(images: CocoDetection, channels: int, workers: int, world: training.World) -> DataLoader:
     """Each image once, over all processes, and alone: what is found in it does not depend on others."""
-    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers, world, collate_fn=coco.collate)
+    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers, world, collate_fn=coco.pack)
 
 
 @torch.no_grad()
@@ -212,7 +212,8 @@ def find_objects(
     """What the model finds in each readable image, in COCO's format for results, and the ids of these images."""
     model.eval()
     results, seen = [], []
-    for images, targets, readable in tqdm(loader, "scoring", leave=False, disable=not world.is_main):
+    for batch in tqdm(data.batches(loader), "scoring", len(loader), leave=False, disable=not world.is_main):
+        images, targets, readable = coco.unpack(batch)
         if readable.all():
             with training.autocast(world.device, args.precision):
                 (found,) = model(to_device(images, world.device), ptr=ptr)
@@ -224,7 +225,7 @@ def find_objects(
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDetection, world: training.World) -> None:
     """`--eval`: AP, work and speed of a detector at each drop ratio."""
     model = load_detector(args, checkpoint).to(world.device).eval()
-    val.categories = [tuple(category) for category in checkpoint["categories"]]
+    val.use_categories([tuple(category) for category in checkpoint["categories"]])
     encoder, side = model.backbone.encoder, args.short_side[-1]
     ptrs = reductions(args, encoder)
     loader = scoring_loader(val, encoder.arguments["channels"], args.workers, world)
@@ -232,14 +233,11 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     if not world.is_main:
         return
     print(f"data    {args.data}: {val.describe()} to score")
-    images = to_device([val[i][0] for i in range(min(4, len(val)))], world.device)
-    if encoder.arguments["channels"] == 1:
-        images = [image.mean(0, keepdim=True) for image in images]
-    speeds = scores.speed_ups(
-        [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (PTR(), *ptrs)], world.device
-    )
+    images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
+    whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (PTR(), *ptrs)]
+    speeds = scores.speed_ups(whole, reduced, world.device)
     square = torch.zeros(1, encoder.arguments["channels"], *[math.ceil(side / 32) * 32] * 2)
-    for ptr, (results, seen), (speed, noise) in zip(ptrs, found, speeds[1:], strict=True):
+    for ptr, (results, seen), (speed, noise) in zip(ptrs, found, speeds, strict=True):
         macs = scores.count_macs(model.backbone, square, ptr=ptr) / 1e9
         print(f"\ndrop ratio {ptr.drop_ratio:g} after blocks {list(ptr.blocks)}: {macs:.4g} GMACs in ViT and pyramid "
               f"for {square.shape[2]} x {square.shape[3]} pixels, speed-up {speed:.2f} +- {noise:.2f}")  # fmt: skip
@@ -269,9 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         except ValueError as error:
             raise SystemExit(f"error: {args.eval}: {error}") from None
     train = CocoDetection(*coco.find_annotations(folder, "train"), args.limit)
-    if set(val.categories) - set(train.categories):
-        raise SystemExit(f"error: --data {args.data}: val has categories that train lacks")
-    val.categories = train.categories
+    val.use_categories(train.categories)
 
     # 3. Model
     training.seed_generators(torch.device("cpu"), args.seed, "weights")
@@ -295,7 +291,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
     views = coco.DetectionViews(train, channels, args.seed, augment=True, crop_share=args.crop_share)
-    loader = data.training_loader(views, micro_batch, args.workers, world, collate_fn=coco.collate)
+    loader = data.training_loader(views, micro_batch, args.workers, world, collate_fn=coco.pack)
     val_loader = scoring_loader(val, channels, args.workers, world)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
@@ -328,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(first_epoch, args.epochs):
         model.train()
         loader.sampler.set_epoch(epoch)
-        batches, rows, start = iter(loader), [], time.perf_counter()
+        batches, rows, start = data.batches(loader), [], time.perf_counter()
         unreadable, waited = 0, 0.0
         for _ in range(steps_per_epoch):
             lr = training.warmup_steps(step, peak=peak_lr, milestones=milestones, warmup=warmup_steps)
@@ -340,7 +336,7 @@ def main(argv: list[str] | None = None) -> None:
             total = torch.zeros((), device=world.device)  # of the five losses and their sum
             for i in range(accumulate):
                 waited -= time.perf_counter()
-                images, targets, readable = next(batches)
+                images, targets, readable = coco.unpack(next(batches))
                 waited += time.perf_counter()
                 unreadable += int((~readable).sum())
                 targets = [

@@ -64,6 +64,8 @@ def arguments() -> argparse.ArgumentParser:
         "nearest neighbours (K: 20)")
     add("--eval", metavar="FILE", help="score a classifier, a checkpoint of this script or a public ViT with its head, "
         "at each --drop-ratio, on all validation images or --limit of them")
+    add("--class-order", default="name", choices=("name", "number"), help="of class folders that are numbers, with "
+        "--eval of a public file, which does not say")
     add("--export", metavar="FILE", help="write the encoder of --init, and its head if it has one, for timm")
 
     runs.add_flags(parser, RECIPES, out="runs/finetune", files="args.json, metrics.jsonl, last.pt, best.pt")
@@ -163,6 +165,13 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: traini
     classes = checkpoint.get("classes")  # a public file's are taken to be the data's, in order
     val = data.validation_images(args, classes, args.limit)
     num_classes = model.head.out_features
+    if classes is None and all(name.isdecimal() for name in val.classes):
+        by_number = sorted(val.classes, key=int)
+        if args.class_order == "number":
+            val = data.validation_images(args, by_number, args.limit)
+        elif by_number != val.classes:
+            print(f"warning: the classes are taken in the order {', '.join(val.classes[:3])}, ...: should it be "
+                  f"{', '.join(by_number[:3])}, ..., say --class-order number")  # fmt: skip
     if classes not in (None, val.classes) or len(val.classes) != num_classes:
         raise SystemExit(f"error: --eval {args.eval} tells {num_classes} classes apart, --data {args.data} has others")
     loader, normalize = scoring_loader(args, val, world), data.Normalize(args.channels).to(world.device)
@@ -175,14 +184,15 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: traini
     if not world.is_main:
         return
     images = torch.randn(min(args.batch_size, 64), args.channels, *encoder.image_size, device=world.device)
-    speeds = scores.speed_ups([lambda ptr=ptr: model(images, ptr=ptr) for ptr in (PTR(), *reductions)], world.device)
+    whole, *reduced = [lambda ptr=ptr: model(images, ptr=ptr) for ptr in (PTR(), *reductions)]
+    speeds = scores.speed_ups(whole, reduced, world.device)
     print(f"data    {args.data}: {data.describe(val)}, {len(labels):,} of them scored")
     print(f"model   {encoder.describe()}, pooled by {model.pool}, on {world.device}")
     blocks = max((ptr.blocks for ptr in reductions), key=len)
     print(f"dropping after blocks {list(blocks)} (0-based); the poster does not say after which")
     print("  ratio  tokens    GMACs   top-1   top-5      speed-up  |  "
           "poster (ViT-B/16, ImageNet): GMACs  top-1  speed-up")  # fmt: skip
-    for ptr, tokens, row, (speed, noise) in zip(reductions, left, rows, speeds[1:], strict=True):
+    for ptr, tokens, row, (speed, noise) in zip(reductions, left, rows, speeds, strict=True):
         macs = scores.count_macs(model, images[:1], ptr=ptr) / 1e9
         line = f"  {ptr.drop_ratio:5.3g}  {tokens:6}  {macs:7.4g}  {row['top1']:6.1%}  {row['top5']:6.1%}  "
         line += f"{speed:5.2f} +- {noise:.2f}  |"
@@ -219,7 +229,7 @@ def export(args: argparse.Namespace) -> None:
         model = load_classifier(checkpoint, image_size=size, heads=args.heads)
     else:
         model = load_encoder(checkpoint, weights=args.weights, image_size=size, heads=args.heads)
-    runs.save(Path(args.export), timm_weights(model))
+    runs.save_weights(Path(args.export), timm_weights(model))
     print(f"written: {args.export}. It loads, strictly, into\n  {timm_call(model)}")
 
 
@@ -265,7 +275,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     ddp = DistributedDataParallel(model) if world.size > 1 else None
-    forward = torch.compile(ddp or model, dynamic=False) if args.compile else ddp or model
+    forward = training.compiled(ddp or model) if args.compile else ddp or model
 
     # 3. Data
     batch_size = min(args.batch_size, len(train) // world.size * world.size)  # few labels are few
@@ -305,7 +315,7 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(first_epoch, args.epochs):
         model.train()
         loader.sampler.set_epoch(epoch)
-        batches, rows, start = iter(loader), [], time.perf_counter()
+        batches, rows, start = data.batches(loader), [], time.perf_counter()
         unreadable, waited = 0, 0.0
         for _ in range(steps_per_epoch):
             lr = training.warmup_cosine(step, peak=peak_lr, total=total_steps, warmup=warmup_steps)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = training.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     ddp = DistributedDataParallel(model) if world.size > 1 else None
-    forward = torch.compile(ddp or model, dynamic=False) if args.compile else ddp or model
+    forward = training.compiled(ddp or model) if args.compile else ddp or model
 
     # 3. Data
     images = data.unlabelled_images(args)
@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
     for epoch in range(first_epoch, args.epochs):
         model.train()
         loader.sampler.set_epoch(epoch)
-        batches, rows, start = iter(loader), [], time.perf_counter()
+        batches, rows, start = data.batches(loader), [], time.perf_counter()
         unreadable, waited = 0, 0.0
         for _ in range(steps_per_epoch):
             lr = training.warmup_cosine(step, peak=peak_lr, total=total_steps, warmup=warmup_steps)

@@ -11,12 +11,15 @@ import json
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from data import SETS
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
@@ -94,7 +97,10 @@ def parse(
     parser.set_defaults(**config | dict(out=str(path.parent)))
     args = parser.parse_args(argv)
     args.resume = str(path)
-    changed = [name for name, value in config.items() if name not in FREE and getattr(args, name) != value]
+    free = set(FREE)
+    if not {vars(args).get("data"), config.get("data")} & {*SETS, "coco"}:  # where a folder lies is not what it is
+        free.add("data")
+    changed = [name for name, value in config.items() if name not in free and getattr(args, name) != value]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} ({config[name]} there)" for name in changed)
         raise SystemExit(f"error: --resume {path} was made with another {flags}: leave it out, or start a run anew")
@@ -135,6 +141,20 @@ def save(path: Path, content: dict[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write tensors as the file's name says: .safetensors (by that package), .pt, .pth or .bin (by torch)."""
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.torch import save_file
+        except ImportError:
+            raise SystemExit(f"error: to write {path}: pip install safetensors") from None
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    elif path.suffix in (".pt", ".pth", ".bin"):
+        save(path, tensors)
+    else:
+        raise SystemExit(f"error: {path} must end in .pt, .pth, .bin or .safetensors")
+
+
 def save_run(args: argparse.Namespace, content: dict[str, Any], is_best: bool = False) -> None:
     """Write last.pt, if this is the best epoch best.pt, and the log that they hold: no row is lost or twice in it."""
     out, content = Path(args.out), dict(config=vars(args)) | content
@@ -157,8 +177,10 @@ def load(path: str | Path) -> dict[str, Any]:
         raise SystemExit(f"error: to read {path}: pip install safetensors") from None
     except FileNotFoundError:
         raise SystemExit(f"error: there is no checkpoint {path}") from None
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError):
-        raise SystemExit(f"error: {path} is no checkpoint, or damaged, or holds more than tensors and values") from None
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds more than tensors and plain values: {refused[1]}" if refused else "is no checkpoint, or damaged"
+        raise SystemExit(f"error: {path} {what}") from None
     if not isinstance(content, dict):
         raise SystemExit(f"error: {path} holds a {type(content).__name__}, not a checkpoint")
     return content

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+import data
 from training import World, autocast, gather_lists
 
 # --- is it learning? --------------------------------------------------------------------------------------------------
@@ -47,8 +48,8 @@ def predict(
     Each process works on its share of the images, the first `batches` batches of it, and all get the results of all.
     """
     results: list[tuple[Tensor, Tensor]] = []
-    shown = tqdm(itertools.islice(loader, batches), "scoring", len(loader), leave=False, disable=not world.is_main)
-    for images, labels, readable in shown:
+    some = itertools.islice(data.batches(loader), batches)
+    for images, labels, readable in tqdm(some, "scoring", len(loader), leave=False, disable=not world.is_main):
         with autocast(world.device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[readable], labels[readable]))
@@ -127,17 +128,18 @@ def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -
 
 
 @torch.no_grad()
-def speed_ups(functions: list[Callable[[], Any]], device: torch.device, rounds: int = 9) -> list[tuple[float, float]]:
-    """How many times as fast as the first function each one is, itself included: median, half the middle half's width.
+def speed_ups(
+    reference: Callable[[], Any], functions: list[Callable[[], Any]], device: torch.device, rounds: int = 9
+) -> list[tuple[float, float]]:
+    """How many times as fast as `reference` each function is: the median, and half of the middle half's width.
 
-    Each is timed right after the first, for a fifth of a second: what slows the machine down for a while hits both.
+    Each is timed right after the reference, for a fifth of a second: what slows the machine down for a while hits both.
     """
-    first = functions[0]
-    for function in functions:
+    for function in (reference, *functions):
         function()  # warms up
-    calls = max(1, round(0.2 / seconds(first, device)))
+    calls = max(1, round(0.2 / seconds(reference, device)))
     results = []
     for function in functions:
-        ratios = sorted(seconds(first, device, calls) / seconds(function, device, calls) for _ in range(rounds))
+        ratios = sorted(seconds(reference, device, calls) / seconds(function, device, calls) for _ in range(rounds))
         results.append((median(ratios), (ratios[-1 - rounds // 4] - ratios[rounds // 4]) / 2))
     return results

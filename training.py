@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +116,13 @@ def autocast(device: torch.device, precision: str) -> contextlib.AbstractContext
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         precision = "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def compiled(model: nn.Module) -> nn.Module:
+    """torch.compile, for batches that are all of one size."""
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
+        raise SystemExit("error: --compile needs a C++ compiler (g++, clang++), and there is none")
+    return torch.compile(model, dynamic=False)
 
 
 # --- schedules: functions of the global step --------------------------------------------------------------------------

@@ -30,6 +30,7 @@ import data
 import detect
 import runs
 import training
+from image_files import UnreadableImage, find_images, read_image
 from model import patchify, split_patches
 from ptr import CRITERIA, gather_tokens, scatter_tokens, token_counts
 from shapes import Shapes, draw_scene
@@ -71,11 +72,11 @@ def read_images(names: list[str], limit: int) -> list[Tensor]:
     """Image files, and at most `limit` of each folder: uint8 (3, H, W). Those that cannot be read are left out."""
     images = []
     for name in names:
-        paths = data.find_images(Path(name)) if Path(name).is_dir() else [name]
+        paths = find_images(Path(name)) if Path(name).is_dir() else [name]
         for path in paths[:: max(1, len(paths) // limit)][:limit]:  # from all over a folder, not of its first class
             try:
-                images.append(data.read_image(path))
-            except data.UnreadableImage as error:
+                images.append(read_image(path))
+            except UnreadableImage as error:
                 warnings.warn(f"left out an unreadable image: {error}", stacklevel=2)
     if names and not images:
         raise SystemExit(f"error: not one image can be read of {', '.join(names)}")

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from model import MODELS, Classifier, ViT, grid_size
 
-WRAPPERS = ("module.", "_orig_mod.", "backbone.", "encoder.")  # what DDP, torch.compile, DINO and we put before a name
+# What DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we put into a name.
+WRAPPERS = (
+    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "vit", "ema", "backbone",
+    "encoder",
+)  # fmt: skip
 MOCO = {"student": "base_encoder.", "teacher": "momentum_encoder."}
 # Names that begin like this and that our ViT does not have would change what an encoder computes.
 ESSENTIAL = (
@@ -27,19 +31,20 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
     """The tensors of a checkpoint by timm's names, whatever it wraps them in.
 
     Looks for the `weights` (`student` or `teacher`) of ours, DINO's and MoCo v3's files, else under `model` (MAE, DeiT)
-    or `state_dict` (timm), else takes the checkpoint for the tensors themselves. Raises ValueError.
+    or `state_dict` (timm), else their average, else takes the checkpoint for the tensors themselves. Raises ValueError.
     """
-    places = [key for key in (weights, "model", "state_dict") if key in checkpoint]
+    averages = ("model_ema", "state_dict_ema")
+    places = [key for key in (weights, "model", "state_dict", *averages) if key in checkpoint]
     other = {"student": "teacher", "teacher": "student"}[weights]
     if not places and other in checkpoint:
         raise ValueError(f"it holds the weights of the {other} alone: use --weights {other}")
+    if places and places[0] in averages:
+        print(f"the file holds only an average of the weights ({places[0]}): it is taken")
     found = checkpoint[places[0]] if places else checkpoint
     tensors = {}
     for name, value in found.items():
-        while wrapper := next((prefix for prefix in WRAPPERS if name.startswith(prefix)), None):
-            name = name.removeprefix(wrapper)
         if isinstance(value, Tensor):
-            tensors[name] = value
+            tensors[".".join(part for part in name.split(".") if part not in WRAPPERS)] = value
     moco = {name.removeprefix(MOCO[weights]): t for name, t in tensors.items() if name.startswith(MOCO[weights])}
     if weights == "teacher" and not moco and "teacher" not in checkpoint:
         raise ValueError("it holds one set of weights and no teacher's: use --weights student")
@@ -62,6 +67,8 @@ def infer_arguments(
         if tensors[name].ndim != ndim:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, which is not a plain ViT's")
     dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
+    if channels not in (1, 3):
+        raise ValueError(f"it is for images of {channels} channels; here they have 3 (colour) or 1 (grey)")
     num_patches = tensors["pos_embed"].shape[1] - 1
     grid = (math.isqrt(num_patches),) * 2
     if image_size is not None and math.prod(grid_size(image_size, patch_size)) == num_patches:

@@ -10,7 +10,8 @@ from PIL import Image
 
 import coco
 from coco import CocoDetection, DetectionViews
-from data import evaluation_loader, read_image
+from data import evaluation_loader
+from image_files import read_image
 from shapes import SHAPES, draw_scene
 from training import World
 
@@ -76,13 +77,12 @@ def test_targets(tmp_path):
 
 
 def test_boxes_end_at_the_image(tmp_path):
-    def change(annotations):  # over the edge, outside, without a width
-        for some, box in zip(annotations, ([-3, 10, 100, 100], [40, 2, 5, 5], [5, 5, 1e-6, 9]), strict=False):
-            some["bbox"] = box
-
-    (_, first), _, (_, third), _ = read_coco(write_coco(tmp_path, change))
-    assert first["boxes"].tolist() == [[0, 10, 32, 24], [1, 1, 9, 9]] and len(first["masks"]) == 2
-    assert len(third["labels"]) == len(third["masks"]) == 0
+    whole = [2, 3, 12, 20], [10, 4, 30, 14], [1, 1, 9, 9]
+    over_the_edge = 0, [-3, 10, 100, 100], [[0, 10, 32, 24], *whole[1:]]
+    for number, box, left in over_the_edge, (1, [40, 2, 5, 5], whole[::2]), (1, [5, 5, 1e-6, 9], whole[::2]):
+        folder = write_coco(tmp_path / str(box), lambda annotations, n=number, b=box: annotations[n].update(bbox=b))
+        _, target = read_coco(folder)[0]
+        assert target["boxes"].tolist() == list(left) and len(target["masks"]) == len(target["labels"]) == len(left)
 
 
 MASKS = [None, [[1, 1, 2, 2]], [[1, 1, 5, 1, 1e8, 9]], [[1, 1, 5, 1, math.nan, 9]], dict(size=[9, 9], counts=[81])]
@@ -154,13 +154,13 @@ def test_views_are_the_same_in_workers_and_blank_where_a_file_is_broken(tmp_path
     images = read_coco(write_coco(tmp_path))
     (tmp_path / "val2017" / "5.png").write_bytes(b"broken")
     views, world = DetectionViews(images, channels=1), World(rank=0, size=1, device=torch.device("cpu"))
-    loaders = [evaluation_loader(views, 4, workers, world, collate_fn=coco.collate) for workers in (0, 2)]
-    batches = [next(iter(loader)) for loader in loaders]
+    loaders = [evaluation_loader(views, 4, workers, world, collate_fn=coco.pack) for workers in (0, 2)]
+    batches = [coco.unpack(next(iter(loader))) for loader in loaders]
     torch.testing.assert_close(*batches, rtol=0, atol=0)
     pixels, targets, readable = batches[0]
     assert pixels[0].shape == (1, *SIZE) and readable.tolist() == [True, True, False, True]
     assert [target["image_id"] for target in targets] == [1, 3, -1, 9] and targets[2]["boxes"].shape == (0, 4)
-    assert torch.equal(pickle.loads(pickle.dumps((views, coco.collate)))[0][0, 0][0], pixels[0]), "where workers spawn"
+    assert torch.equal(pickle.loads(pickle.dumps((views, coco.pack)))[0][0, 0][0], pixels[0]), "where workers spawn"
 
     augmented = DetectionViews(images, channels=3, augment=True)
     assert augmented[0, 2][1]["image_id"] in (1, 3, 9) and not augmented[0, 2][2], "in training another image"

@@ -10,7 +10,9 @@ from PIL import Image
 from torch.utils.data import TensorDataset
 
 import data
-from data import CenterView, Normalize, UnreadableImage, Views
+import image_files
+from data import CenterView, Normalize, Views
+from image_files import UnreadableImage
 from shapes import Shapes
 from training import World
 
@@ -66,7 +68,7 @@ def save(path, image, **options):
 
 
 def assert_reads(path, expected, atol):
-    image = data.read_image(path)
+    image = image_files.read_image(path)
     assert image.dtype == torch.uint8 and image.shape == (3, *expected.shape[:2])
     assert np.abs(image.permute(1, 2, 0).numpy().astype(float) - expected).max() <= atol
 
@@ -94,7 +96,7 @@ def test_broken_files_are_unreadable(tmp_path, name):
     for content in (*cut, b"404 not found\n", b"\xff\xd8\xff\xe0"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnreadableImage, match=name):
-            data.read_image(tmp_path / name)
+            image_files.read_image(tmp_path / name)
 
 
 # --- folders, classes and parts ---------------------------------------------------------------------------------------
@@ -116,7 +118,7 @@ def test_images_are_found_at_any_depth_but_not_hidden_ones(tmp_path):
     for name in (*images, "notes.txt", "jpg", "c/a.jpg.part", "._b.jpg", "c/.f.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert [os.path.relpath(path, tmp_path) for path in data.find_images(tmp_path)] == images
+    assert [os.path.relpath(path, tmp_path) for path in image_files.find_images(tmp_path)] == images
 
 
 def test_classes_are_numbered_alike_in_training_and_validation(tmp_path):
@@ -213,7 +215,7 @@ def test_processes_evaluate_each_image_once():
 
 
 def test_unreadable_images_are_replaced_in_training_and_blank_in_evaluation(tmp_path):
-    images = data.ImageFiles(write_images(tmp_path / "images", 8))
+    images = image_files.ImageFiles(write_images(tmp_path / "images", 8))
     (tmp_path / "images" / "02.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="02.png"):
         stand_in, _, is_itself = Views(images, CenterView((8, 8)))[0, 2]

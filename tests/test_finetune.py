@@ -16,6 +16,7 @@ import runs
 import scores
 import training
 from helpers import flags, identical, log, train
+from image_files import class_folders
 from model import NO_PTR, Classifier, pool
 from ptr import PTR
 from weights import load_classifier, load_encoder
@@ -56,7 +57,7 @@ def finished(tmp_path_factory, folder):
 
 def images_of(folder):
     """All images of a folder as they are scored, (n, 3, 16, 16), and their labels (n,)."""
-    views = data.evaluation_views(data.class_folders(folder, NAMES), argparse.Namespace(image_size=[16], channels=3))
+    views = data.evaluation_views(class_folders(folder, NAMES), argparse.Namespace(image_size=[16], channels=3))
     images, labels, _ = zip(*(views[0, i] for i in range(len(views))), strict=True)
     return data.Normalize()(torch.stack(images)), torch.tensor(labels)
 

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 import data
 import scores
+from image_files import UnreadableImage
 from model import Classifier, ViT
 from ptr import PTR, token_counts
 from training import World
@@ -82,7 +83,7 @@ class Numbered(Dataset):
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise data.UnreadableImage(f"{index}.png")
+            raise UnreadableImage(f"{index}.png")
         return torch.full((3, 4, 4), index).byte(), index
 
 
@@ -122,5 +123,5 @@ def test_macs_in_closed_form():
 
 def test_speed_ups():
     """The second function takes three times as long as the first: a busy machine may blur, but not turn that."""
-    (_, _), (slow, noise) = scores.speed_ups([lambda: time.sleep(0.02), lambda: time.sleep(0.06)], CPU, rounds=1)
+    ((slow, noise),) = scores.speed_ups(lambda: time.sleep(0.02), [lambda: time.sleep(0.06)], CPU, rounds=1)
     assert 0 < slow < 0.8 and noise >= 0

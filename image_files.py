@@ -1,0 +1,144 @@
+"""Image files: any kind that Pillow reads as upright RGB, folders of them, class folders."""
+
+import os
+import struct
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps, PngImagePlugin
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms.v2 import functional as tvf
+
+try:  # JPEG about twice as fast as by Pillow; torchvision's is announced to leave in favour of torchcodec's
+    from torchcodec.decoders import decode_jpeg
+except (ImportError, RuntimeError):  # RuntimeError: it does not find its libraries
+    try:
+        from torchvision.io import decode_jpeg
+    except ImportError:
+        decode_jpeg = None
+
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text or colour profile beside good pixels is no reason to refuse them
+PngImagePlugin.MAX_TEXT_MEMORY = 2**28
+SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif", ".avif")
+
+# What Pillow's parsers raise on broken files; OSError covers missing, truncated and unidentified ones.
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
+
+
+class UnreadableImage(Exception):
+    """An image file that cannot be decoded; the message names it."""
+
+
+def read_image(path: str | Path, upright: bool = True) -> Tensor:
+    """Any image file as RGB, uint8 (3, H, W), turned as its EXIF says if `upright`: of an animation the first frame.
+
+    JPEG is decoded by `decode_jpeg` (the same pixels), all else, what that refuses and what is to be turned by Pillow,
+    which also looks at every header first. Raises UnreadableImage.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.format == "JPEG" and decode_jpeg is not None and not (upright and "exif" in image.info):
+                try:
+                    content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
+                    return decode_jpeg(content, mode="RGB")
+                except RuntimeError:
+                    pass  # rare encodings, or broken: Pillow knows
+            if upright:
+                try:
+                    ImageOps.exif_transpose(image, in_place=True)
+                except DECODING_ERRORS:
+                    pass  # broken EXIF says nothing of the pixels
+            return tvf.pil_to_tensor(to_rgb(image))
+    except DECODING_ERRORS as error:
+        raise UnreadableImage(f"{path}: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Pillow image of any mode -> RGB: 16-bit grey is scaled (Pillow would clip it), transparency lies on white.
+
+    Raises ValueError for floats and 32-bit integers: what is black and what is white there, nobody knows.
+    """
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
+        raise ValueError(f"numbers of unknown range (Pillow's mode {image.mode}): save it with 8 or 16 bits")
+    if image.mode.startswith("I"):  # "I;16" and its kin
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+        image.info.pop("transparency", None)  # one of the 16-bit greys, which no 8-bit one can stand for
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is a system's own: ._photo.jpg of a Mac, @eaDir with the thumbnails of a storage."""
+    return name.startswith((".", "@"))
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a path's end says that it is an image, and not in a hidden folder or hidden itself."""
+    folder, name = os.path.split(path)
+    return name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_hidden(os.path.basename(folder))
+
+
+def find_images(folder: Path) -> list[str]:
+    """All image files below `folder`, sorted; linked folders are followed. Says how many files are no images."""
+    found, others = [], 0
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        images = [name for name in files if name.lower().endswith(SUFFIXES) and not is_hidden(name)]
+        found += [os.path.join(parent, name) for name in images]
+        others += len(files) - len(images)
+    if not folder.is_dir():
+        raise SystemExit(f"error: there is no folder {folder}, nor a data set of this name (--data)")
+    if not found:
+        raise SystemExit(f"error: the folder {folder} holds no image files ({' '.join(SUFFIXES)})")
+    if others:
+        print(f"{others:,} files in {folder} are no images ({' '.join(SUFFIXES)})")
+    return sorted(found)
+
+
+class ImageFiles(Dataset):
+    """Every image file of a folder tree, without labels (-1)."""
+
+    classes: list[str] = []
+
+    def __init__(self, folder: Path):
+        self.paths = find_images(folder)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.paths[index]), -1
+
+
+class ClassFolders(ImageFolder):
+    """Image files in one folder for each class, but for hidden ones, such as an editor leaves."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
+        return names, {name: i for i, name in enumerate(names)}
+
+
+def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolders:
+    """The images of `folder`, which has a folder for each class; with `classes` of another split, numbered as there."""
+    try:
+        images = ClassFolders(
+            folder, loader=read_image, is_valid_file=is_image_file, allow_empty=classes is not None
+        )
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: --data: labels need train/ and val/ with a folder for each class ({error})") from None
+    if classes is not None and images.classes != classes:
+        unknown = [name for name in images.classes if name not in classes]
+        if unknown:
+            raise SystemExit(f"error: --data: {folder} has classes that were not trained on: {', '.join(unknown[:5])}")
+        images.samples = [(path, classes.index(images.classes[label])) for path, label in images.samples]
+        images.targets = [label for _, label in images.samples]
+        images.classes = classes
+    return images
