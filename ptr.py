@@ -98,6 +98,8 @@ def drop_blocks(depth: int, stages: int, at: str = "start") -> tuple[int, ...]:
     `start`: the first block of each of `stages` equal parts, floor(i L / S): 0, 4, 8 for L = 12, S = 3 (the paper's).
     `late`: the last block of each part: 3, 7, 11. `front`: the first blocks: 0, 1, 2.
     """
+    if at not in PLACEMENTS:
+        raise ValueError(f"tokens are dropped at {', '.join(PLACEMENTS)}, not at {at!r}")
     if not 0 <= stages <= depth:
         raise ValueError(f"the number of drop stages must be between 0 and the {depth} blocks, got {stages}")
     if at == "front":

@@ -184,7 +184,11 @@ def load_classifier(
     encoder = load_encoder(ours | dict(model=below), image_size=image_size, heads=heads, log=log)
     model = Classifier(encoder, len(head), pool=known or "class", frozen="fc_norm.running_mean" in tensors)
     model.pool = known or pool or "class"
-    absent = [name for name in model.load_state_dict(top, strict=False).missing_keys if not name.startswith("encoder.")]
+    try:
+        missing = model.load_state_dict(top, strict=False).missing_keys
+    except RuntimeError as error:  # the last line names a tensor and its shapes
+        raise ValueError(str(error).splitlines()[-1].strip()) from None
+    absent = [name for name in missing if not name.startswith("encoder.")]
     if absent:
         raise ValueError(f"its head is not whole: {', '.join(absent)} missing")
     return model
