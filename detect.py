@@ -250,7 +250,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     args, checkpoint = runs.parse(arguments(), RECIPES, argv, kept=KEPT)
-    runs.settle(args, warmup_share=1 / 24)
+    runs.settle_epochs(args, warmup_share=1 / 24)
     data.fill_in(args)
     if not args.eval and len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")

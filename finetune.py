@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     recipes = PROBES if parser.parse_args(argv).linear_probe else RECIPES
     args, checkpoint = runs.parse(parser, recipes, argv, kept=KEPT)
-    runs.settle(args, warmup_share=0.1)
+    runs.settle_epochs(args, warmup_share=0.1)
     if not args.eval and len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     world = training.start_world(args.device)
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     args.patch_size, args.channels = encoder.arguments["patch_size"], encoder.arguments["channels"]
     args.image_size = args.image_size or list(encoder.image_size)
     data.fill_in(args)
-    if args.knn:
+    if args.knn is not None:
         return nearest_neighbours(args, encoder, ptr, world)
     train = data.labelled_images(args, args.limit)
     if args.label_fraction < 1:

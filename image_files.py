@@ -134,6 +134,8 @@ def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolder
         )
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --data: labels need train/ and val/ with a folder for each class ({error})") from None
+    if not len(images):
+        raise SystemExit(f"error: --data: there are no images in the class folders of {folder}")
     if classes is not None and images.classes != classes:
         unknown = [name for name in images.classes if name not in classes]
         if unknown:

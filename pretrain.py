@@ -118,7 +118,7 @@ def probe(
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     args, checkpoint = runs.parse(arguments(), RECIPES, argv)
-    runs.settle(args, warmup_share=0.15)
+    runs.settle_epochs(args, warmup_share=0.15)
     data.fill_in(args)
     world = training.start_world(args.device)
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> None:
             noise = noise[world.rank :: world.size].to(world.device, non_blocking=True)
 
             # Forward and backward, in micro-batches
-            total = torch.zeros((), device=world.device)  # of the loss and two mean directions, (1 + 2 D,)
+            sums = 0.0  # of the loss and two mean directions: (1 + 2 D,)
             for i, part in enumerate(noise.chunk(accumulate)):
                 waited -= time.perf_counter()
                 batch, _, readable = next(batches)
@@ -203,14 +203,14 @@ def main(argv: list[str] | None = None) -> None:
                     output = forward(normalize(batch), part)
                 (output.loss / accumulate).backward()
                 directions = scores.mean_direction(output.target), scores.mean_direction(output.prediction)
-                total = total + torch.cat([output.loss.detach()[None], *directions]) / accumulate
+                sums = sums + torch.cat([output.loss.detach()[None], *directions]) / accumulate
             grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
 
             # What to log. Reading the numbers waits for the device, once a step.
-            total = training.mean_over_processes(total)
-            target_direction, prediction_direction = total[1:].chunk(2)
+            sums = training.mean_over_processes(sums)
+            target_direction, prediction_direction = sums[1:].chunk(2)
             row = dict(
-                loss=total[0], target_std=scores.spread(target_direction),
+                loss=sums[0], target_std=scores.spread(target_direction),
                 prediction_std=scores.spread(prediction_direction), grad_norm=grad_norm,
             )  # fmt: skip
             row = dict(zip(row, torch.stack(list(row.values())).tolist(), strict=True))
@@ -251,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
                 encoder=model.student.arguments, num_images=len(images),
             ))  # fmt: skip
             tqdm.write(runs.describe(row))
-            if args.method == "pcae" and (row["target_std"] or 1) < 0.2:
+            if args.method == "pcae" and row["target_std"] is not None and row["target_std"] < 0.2:
                 tqdm.write("warning: nearly all targets point in one direction (collapse): raise --ema or lower --blr")
     bar.close()
 

@@ -24,7 +24,7 @@ from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
 # for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (a probe's BatchNorm).
-FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "out", "resume")
+FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "knn_every", "out", "resume")
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
@@ -44,7 +44,7 @@ def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str
     add("--recipe", default="laptop", choices=recipes, help="settings to start from; flags given win")
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
     add("--resume", nargs="?", const="", metavar="FILE", help="continue FILE, or the run in --out, with its settings")
-    add("--dry-run", action="store_true", help="two steps of everything, then exit")
+    add("--dry-run", action="store_true", help="two steps of everything, saved in --out as a run is, then exit")
     add("--device", default="auto", help="cpu, cuda, mps, ...")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
     add("--seed", type=int, default=0, help="of everything that is random")
@@ -77,7 +77,7 @@ def parse(
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Arguments in layers, the later one wins: defaults, `--recipe`, the checkpoint to `--resume`, the flags given.
 
-    Returns that checkpoint, too, or the one to `--eval`, which only the settings of the names `kept` are taken from.
+    Returns that checkpoint, too. With `--eval` it is the one to score, and only its settings named in `kept` count.
     Refuses, naming them, flags that would change what a resumed run trains.
     """
     first = parser.parse_args(argv)
@@ -92,8 +92,10 @@ def parse(
     path = Path(first.resume or Path(first.out) / "last.pt")
     checkpoint = load(path)
     config = checkpoint.get("config", {})
-    if "optimizer" not in checkpoint or config.keys() - vars(first).keys():
-        raise SystemExit(f"error: --resume {path}: this is no last.pt of this script, so it cannot be continued")
+    unknown = ", ".join(sorted(config.keys() - vars(first).keys()))
+    if "optimizer" not in checkpoint or unknown:
+        why = f"; it has settings that this one lacks: {unknown}" if unknown else ""
+        raise SystemExit(f"error: --resume {path}: this is no last.pt of this script, so it cannot be continued{why}")
     parser.set_defaults(**config | dict(out=str(path.parent)))
     args = parser.parse_args(argv)
     args.resume = str(path)
@@ -107,7 +109,7 @@ def parse(
     return args, checkpoint
 
 
-def settle(args: argparse.Namespace, warmup_share: float) -> None:
+def settle_epochs(args: argparse.Namespace, warmup_share: float) -> None:
     """Warm up for a share of the epochs where no length is given, or one that would leave nothing of a short run."""
     if args.dry_run:
         args.epochs = 1
@@ -192,7 +194,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def mean_of_steps(rows: list[dict[str, float]]) -> dict[str, float | None]:
-    """The mean over the steps of an epoch that were taken; those `skipped` had a number that is not finite."""
-    taken = [row for row in rows if all(map(math.isfinite, row.values()))]
+    """The mean over an epoch's steps that were taken; those `skipped` had a loss or gradient that is not finite."""
+    taken = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
     mean = {name: sum(row[name] for row in taken) / len(taken) if taken else None for name in rows[0]}
     return mean | dict(skipped=len(rows) - len(taken))

@@ -1,4 +1,4 @@
-"""What the training loops call by its name in the field: processes, seeds, precision, schedules, parameter groups."""
+"""What all three training loops need: processes, seeds, precision, schedules, parameter groups."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ def start_world(device: str) -> World:
         raise SystemExit(f"error: --device {device} cannot be used here ({error})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo")
     return World(rank, max(size, 1), torch.device(device))
 

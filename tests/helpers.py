@@ -95,7 +95,8 @@ def assert_close_runs(a, b, parts):
     for part in parts:
         assert_close_weights(a[part], b[part])
     for i, state in a["optimizer"]["state"].items():
-        torch.testing.assert_close(state["exp_avg"], b["optimizer"]["state"][i]["exp_avg"], atol=1e-6, rtol=1e-4)
+        for name in state.keys() & {"exp_avg", "momentum_buffer"}:  # AdamW's, SGD's
+            torch.testing.assert_close(state[name], b["optimizer"]["state"][i][name], atol=1e-6, rtol=1e-4)
     for name in ("loss", "grad_norm"):
         torch.testing.assert_close(*([row[name] for row in run["history"]] for run in (a, b)), atol=0, rtol=1e-4)
 

@@ -26,7 +26,7 @@ from data import batches, training_loader
 from helpers import flags, log, start, wait_for_rows
 from image_files import UnreadableImage, find_images, read_image
 from model import ViT
-from training import World
+from training import World, compiled
 from weights import find_weights, load_encoder
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -284,3 +284,10 @@ def test_a_loader_without_memory_ends_in_one_line():
 
     with pytest.raises(SystemExit, match="--workers"):
         list(batches(fail()))
+
+
+def test_compile_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit, match="--compile"):
+        compiled(torch.nn.Linear(1, 1))

@@ -74,10 +74,10 @@ def test_one_epoch_of_any_recipe(script):
     for recipe in script.RECIPES:
         for words in (["--epochs", "1"], ["--dry-run"]):
             args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words])
-            runs.settle(args, warmup_share=0.1)
+            runs.settle_epochs(args, warmup_share=0.1)
             assert args.epochs == 1 and 0 < args.warmup_epochs < 1
     args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"])
-    runs.settle(args, warmup_share=0.1)
+    runs.settle_epochs(args, warmup_share=0.1)
     assert args.warmup_epochs == 3
 
 
