@@ -1,9 +1,8 @@
-"""What the tests of the scripts share; run by torchrun as a script, this file trains in `two_processes`."""
+"""What the tests of the scripts share: running them, in processes of their own as well, and looking at what they leave."""
 
 import importlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -58,15 +57,12 @@ def wait_for_rows(process, out, count):
 
 
 def two_processes(script, *several):
-    """Run a script in two processes of torchrun, with several settings one after the other: to start takes longest."""
-    jobs = []
-    for settings in several:
-        with socket.create_server(("127.0.0.1", 0)) as server:  # a free port for the processes to meet at
-            jobs.append((server.getsockname()[1], flags(**settings)))
+    """Run a script in two processes of torchrun, once for each of the settings."""
     torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
-    command = [*torchrun, __file__, script, json.dumps(jobs)]
-    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    for settings in several:
+        command = [*torchrun, str(ROOT / f"{script}.py"), *flags(**settings)]
+        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
 
 
 def identical(a, b):
@@ -109,11 +105,3 @@ def write_images(folder, count=16, shade=0):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((noise + shade).byte().numpy()).save(path)
     return folder
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # it would remember the run before
-    for port, words in json.loads(sys.argv[2]):
-        os.environ["MASTER_PORT"] = str(port)
-        importlib.import_module(sys.argv[1]).main(words)
