@@ -1,4 +1,4 @@
-"""What the tests of the scripts share: running them, in processes of their own as well, and looking at what they leave."""
+"""What the tests of the scripts share: running them, also in processes of their own, and what they leave."""
 
 import importlib
 import json
