@@ -232,6 +232,7 @@ class Views(Dataset):
         return self.view(image), label
 
     def read(self, index: int) -> tuple[Tensor, int, bool]:
+        """Image `index` or what stands for it, its label, and whether it could be read. Raises UnreadableImage."""
         for attempt in range(20):
             try:
                 return *self.images[index], attempt == 0

@@ -356,7 +356,7 @@ def main(argv: list[str] | None = None) -> None:
             rows.append(row)
 
             # A step that is not finite must not reach the weights; all processes decide the same.
-            if all(map(math.isfinite, row.values())):
+            if runs.is_finite(row):
                 optimizer.step()
                 skipped_in_a_row = 0
             else:

@@ -91,7 +91,7 @@ def find_images(folder: Path) -> list[str]:
     found, others = [], 0
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        images = [name for name in files if name.lower().endswith(SUFFIXES) and not is_hidden(name)]
+        images = [name for name in files if is_image_file(name)]
         found += [os.path.join(parent, name) for name in images]
         others += len(files) - len(images)
     if not folder.is_dir():

@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
 
             # The student's step, then the teacher's. One that is not finite must not reach the weights; all processes
             # have the same numbers and decide the same.
-            if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]):
+            if runs.is_finite(row):
                 optimizer.step()
                 if args.method == "pcae":
                     model.update_teacher(momentum)

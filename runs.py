@@ -193,8 +193,13 @@ def describe(row: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None)
 
 
+def is_finite(row: dict[str, float]) -> bool:
+    """Whether a step may be taken: its loss and gradient are finite. What else is logged does not decide."""
+    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
+
+
 def mean_of_steps(rows: list[dict[str, float]]) -> dict[str, float | None]:
     """The mean over an epoch's steps that were taken; those `skipped` had a loss or gradient that is not finite."""
-    taken = [row for row in rows if math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])]
+    taken = [row for row in rows if is_finite(row)]
     mean = {name: sum(row[name] for row in taken) / len(taken) if taken else None for name in rows[0]}
     return mean | dict(skipped=len(rows) - len(taken))
