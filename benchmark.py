@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
+import threads  # noqa: F401 (before torch)
+
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -29,27 +31,34 @@ from model import MODELS, PCAE, Classifier, ViT
 from ptr import PTR, drop_blocks, token_counts
 from shapes import Shapes
 
-# What is trained: name, method, mask ratio, decoder blocks, stages and drop ratio of PTR, and the poster's speed: its
-# Table 4 has images a second of PCAE; PCAE and MAE it compares by GPU days for 300 epochs.
+IMAGENET = 1_281_167  # images
+
+# What is trained: name, method, mask ratio, decoder blocks, stages and drop ratio of PTR; then the poster's speed, by
+# its images a second (Table 4) or its GPU days an epoch, and these days, of 300 epochs where nothing is said.
 PRETRAINING = [
-    ("PCAE, mask .75, decoder 2", PCAE, 0.75, 2, (3, 0.5), 1.0),
-    ("PCAE, mask .85, decoder 2", PCAE, 0.85, 2, (3, 0.5), 739.7 / 550.5),
-    ("PCAE, mask .90, decoder 2", PCAE, 0.90, 2, (3, 0.5), 876.1 / 550.5),
-    ("MAE, mask .75, decoder 8", MAE, 0.75, 8, None, 10.1 / 15.4),
-    ("SimMIM, mask .75", SimMIM, 0.75, None, None, None),
-    ("MAE, mask .75, decoder 2", MAE, 0.75, 2, None, None),
-    ("PCAE, mask .75, decoder 8", PCAE, 0.75, 8, (3, 0.5), None),
-    ("PCAE without PTR, decoder 2", PCAE, 0.75, 2, (0, 0.0), None),
+    ("PCAE, mask .75, decoder 2", PCAE, 0.75, 2, (3, 0.5), 1.0, "10.1"),
+    ("PCAE, mask .85, decoder 2", PCAE, 0.85, 2, (3, 0.5), 739.7 / 550.5, ""),
+    ("PCAE, mask .90, decoder 2", PCAE, 0.90, 2, (3, 0.5), 876.1 / 550.5, ""),
+    ("MAE, mask .75, decoder 8", MAE, 0.75, 8, None, 10.1 / 15.4, "15.4"),
+    ("SimMIM, mask .75", SimMIM, 0.75, None, None, (10.1 / 300) / (54.1 / 800), "54.1 for 800 epochs"),
+    ("MAE, mask .75, decoder 2", MAE, 0.75, 2, None, None, ""),
+    ("PCAE, mask .75, decoder 8", PCAE, 0.75, 8, (3, 0.5), None, ""),
+    ("PCAE without PTR, decoder 2", PCAE, 0.75, 2, (0, 0.0), None, ""),
 ]
-# Tables 6 and 7: stages and drop ratio. The first row is the paper's setting.
-SCHEDULES = [(3, 0.5), (1, 0.875), (6, 0.29), (12, 0.16), (3, 0.37), (3, 0.415), (3, 0.47), (3, 0.536)]
-ABLATIONS = [(f"{stages} x {ratio:g}", PCAE, 0.75, 2, (stages, ratio), None) for stages, ratio in SCHEDULES]
+# Tables 6 and 7: stages and drop ratio, and the poster's GPU days. The first row is the paper's setting.
+SCHEDULES = {(3, 0.5): 3.3, (1, 0.875): 3.0, (6, 0.29): 3.5, (12, 0.16): 3.6, (3, 0.37): 3.6, (3, 0.415): 3.5,
+             (3, 0.47): 3.4, (3, 0.536): 3.3}  # fmt: skip
+ABLATIONS = [
+    (f"{schedule[0]} x {schedule[1]:g}", PCAE, 0.75, 2, schedule, 3.3 / days, f"{days}")
+    for schedule, days in SCHEDULES.items()
+]
 
 LEGEND = """
 Speed: how many times as fast as the first row, with which each row takes turns step by step, so that what slows the
 machine down for a while slows down both; median [least-greatest] of the rounds. The first row's own shows the noise.
 By MACs: the speed that multiply-accumulates alone predict. Of peak: MACs a second, as a share of a large matrix
-product's in the same rounds."""
+product's in the same rounds. Days: of 300 epochs of ImageNet at this speed, data in time; the poster's are of a device
+that it does not name, and not of this one."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -66,8 +75,11 @@ def speed(first: list[float], this: list[float]) -> str:
     return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
 
 
-def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None) -> str:
-    """Cells "images/s | speed | by MACs | poster | of peak"; `steps` and their `macs`: the first row's, this row's."""
+def timed(
+    args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None
+) -> tuple[float, str]:
+    """Images a second, and cells with it, "images/s | speed | by MACs | poster | of peak"; `steps` and their `macs` are
+    the first row's and this row's."""
     size = 1024 if args.device.type == "cpu" else 8192
     a = torch.randn(size, size, device=args.device)
     with training.autocast(args.device, args.precision):
@@ -77,7 +89,7 @@ def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], post
     images_per_second = args.batch_size / median(this)
     share = macs[1] * images_per_second / (size**3 / median(product))
     by_macs, by_poster = f"{macs[0] / macs[1]:.2f}", f"{poster:.2f}" if poster else ""
-    return f"{images_per_second:,.2f} | {speed(first, this)} | {by_macs} | {by_poster} | {share:.0%}"
+    return images_per_second, f"{images_per_second:,.2f} | {speed(first, this)} | {by_macs} | {by_poster} | {share:.0%}"
 
 
 def kept_for_backward(model: nn.Module, images: Tensor) -> int:
@@ -137,12 +149,12 @@ def training_table(args: argparse.Namespace, title: str, cases: list[tuple]) -> 
     yield f"""
 ## Pre-training: {title}
 
-| trained | teacher's tokens | GMACs/image | images/s | speed | by MACs | poster | of peak | activations, MiB/image | \
-peak beyond weights and moments, MiB (CUDA) |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+| trained | teacher's tokens | GMACs/image | images/s | speed | by MACs | poster | of peak | days | poster's days | \
+activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
     shape, first = (3, args.image_size, args.image_size), None
     images = torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8, device=args.device)
-    for name, method, *options, poster in cases:
+    for name, method, *options, poster, poster_days in cases:
         try:
             model = build(args, method, *options).to(args.device)
         except ValueError as error:  # more stages than blocks, or too few patches
@@ -151,7 +163,8 @@ peak beyond weights and moments, MiB (CUDA) |
         step = training_step(model, images, args.precision, args.compile)
         macs = scores.count_macs(model, torch.zeros(1, *shape), backward=True)
         first = first or (step, macs)
-        cells = timed(args, [first[0], step], [first[1], macs], poster)
+        images_per_second, cells = timed(args, [first[0], step], [first[1], macs], poster)
+        cells += f" | {300 * IMAGENET / images_per_second / 86_400:#.3g} | {poster_days}"
         with training.autocast(args.device, args.precision):  # what a second image adds: no weights. Not compiled
             one, two = (kept_for_backward(model, torch.randn(n, *shape, device=args.device)) for n in (1, 2))
         peak = ""
@@ -167,14 +180,13 @@ peak beyond weights and moments, MiB (CUDA) |
 def pretraining(args: argparse.Namespace) -> Iterator[str]:
     yield from training_table(args, "one step of each method", PRETRAINING)
     yield """
-The poster's speeds are of ViT-B/16 at 224 pixels: images a second at three mask ratios, GPU days of 300 epochs for PCAE
-and MAE. MAE's decoder has 8 blocks; PCAE's the poster does not say, and 2 fit. Much of PCAE's lead over MAE is that
-light decoder: compare the two with 2 blocks in both, and with 8 in both."""
+The poster's numbers are of ViT-B/16 at 224 pixels. MAE's decoder has 8 blocks; PCAE's the poster does not say, and 2
+fit. Much of PCAE's lead over MAE is that light decoder: compare the two with 2 blocks in both, and with 8 in both."""
 
 
 def ablations(args: argparse.Namespace) -> Iterator[str]:
     yield from training_table(args, "stages x drop ratio", ABLATIONS)
-    yield "\nThe first row is the paper's setting. The poster's own costs of these rows, in GPU days, were not at hand."
+    yield "\nThe first row is the paper's setting. Of how many epochs the poster's GPU days are, it does not say."
 
 
 # --- inference and data -----------------------------------------------------------------------------------------------
@@ -204,7 +216,7 @@ def inference(args: argparse.Namespace) -> Iterator[str]:
         tokens = token_counts(encoder.num_patches, depth, ptr)[-1]
         macs = scores.count_macs(classifier, images[:1], ptr=ptr)
         steps = [lambda: predict(PTR()), lambda ptr=ptr: predict(ptr)]
-        cells = timed(args, steps, [first_macs, macs], poster_speed)
+        _, cells = timed(args, steps, [first_macs, macs], poster_speed)
         yield f"| {ratio:g} | {tokens} | {macs / 1e9:#.4g} | {poster_gmacs:.2f} | {cells} |"
     yield """
 The poster's numbers are of ViT-B/16. After which blocks it drops it does not say; of all regular placements 1 and 5 of
@@ -213,7 +225,7 @@ The poster's numbers are of ViT-B/16. After which blocks it drops it does not sa
 
 def loading(args: argparse.Namespace) -> Iterator[str]:
     """Images a second that one core reads, beside Pillow, ToTensor and Normalize."""
-    size, count, threads = (args.image_size, args.image_size), 32, torch.get_num_threads()
+    size, count, num_threads = (args.image_size, args.image_size), 32, torch.get_num_threads()
     crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     usual = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
                                 transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])  # fmt: skip
@@ -228,19 +240,22 @@ def loading(args: argparse.Namespace) -> Iterator[str]:
             tvf.to_pil_image(pixels.clamp(0, 1)).save(f"{folder}/{i}.jpg", quality=90)
         paths = list(Path(folder).iterdir())
         views = data.Views(ImageFiles(Path(folder)), data.pretraining_view(size, 0.2))
-        shapes = data.Views(Shapes("train", count, (32, 32)), data.pretraining_view((32, 32), 1.0))
+        small = Shapes("train", count, (32, 32))
+        one_by_one = data.Views(small, data.pretraining_view((32, 32), 0.2))
+        at_once = data.BatchViews(small, (32, 32), 0.2)
         readers = {
             "JPEG: Pillow, crop, ToTensor, Normalize": lambda: [usual(Image.open(p).convert("RGB")) for p in paths],
             "JPEG, as pretrain.py reads it": lambda: [views[0, i][0] for i in range(count)],
-            "shapes, drawn before": lambda: [shapes[0, i][0] for i in range(count)],
+            "32 pixels in memory, one by one": lambda: [one_by_one[0, i][0] for i in range(count)],
+            "32 pixels in memory, a batch at once": lambda: at_once.__getitems__([(0, i) for i in range(count)]),
         }
         torch.set_num_threads(1)
         times = by_turns(args, *readers.values())
-        torch.set_num_threads(threads)
+        torch.set_num_threads(num_threads)
     for name, this in zip(readers, times, strict=True):
         yield f"| {name} | {count / median(this):,.0f} | {speed(times[0], this)} |"
     yield f"""
-Files of 500 x 375 pixels, random crops resized to {args.image_size}; images of `shapes` have 32. What pretrain.py reads
+Files of 500 x 375 pixels, random crops resized to {args.image_size}; {count} images at once. What pretrain.py reads
 stays in bytes, and the device normalises it."""
 
 
@@ -268,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit("error: --batch-size and --rounds must be 1 or more")
     try:
         with torch.device("meta"):
-            build(args, *PRETRAINING[0][1:-1])
+            build(args, *PRETRAINING[0][1:-2])
     except ValueError as error:  # the sizes do not fit together
         raise SystemExit(f"error: {error}") from None
     args.device = training.start_world(args.device).device

@@ -245,31 +245,6 @@ def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     return crop(image, target, *offsets, *lengths)
 
 
-class DetectionViews(Views):
-    """Images with their targets; `augment`: half of them flipped, `crop_share` cropped. The model resizes.
-
-    What stands for an unreadable image has no objects, and image id -1.
-    """
-
-    def __init__(
-        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0
-    ):
-        super().__init__(images, None, channels, seed, replace=augment)
-        self.augment, self.crop_share = augment, crop_share
-
-    def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
-        if target == -1:
-            target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
-            target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
-        if self.augment:
-            do_flip, do_crop = torch.rand(2).tolist()
-            if do_flip < 0.5:
-                image, target = flip(image, target)
-            if do_crop < self.crop_share:
-                image, target = random_crop(image, target)
-        return image, target
-
-
 class Packed(NamedTuple):
     """A batch in few tensors: each that a loader's process hands over takes a file descriptor, and these are few."""
 
@@ -302,6 +277,33 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
     columns = batch.boxes.split(batch.counts), batch.labels.split(batch.counts), masks, batch.image_ids
     names = "boxes", "labels", "masks", "image_id"
     return images, [dict(zip(names, row, strict=True)) for row in zip(*columns, strict=True)], batch.readable
+
+
+class DetectionViews(Views):
+    """Images with their targets; `augment`: half of them flipped, `crop_share` cropped. The model resizes.
+
+    What stands for an unreadable image has no objects, and image id -1.
+    """
+
+    collate = staticmethod(pack)
+
+    def __init__(
+        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0
+    ):
+        super().__init__(images, None, channels, seed, replace=augment)
+        self.augment, self.crop_share = augment, crop_share
+
+    def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
+        if target == -1:
+            target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
+            target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
+        if self.augment:
+            do_flip, do_crop = torch.rand(2).tolist()
+            if do_flip < 0.5:
+                image, target = flip(image, target)
+            if do_crop < self.crop_share:
+                image, target = random_crop(image, target)
+        return image, target
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

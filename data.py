@@ -1,7 +1,7 @@
 """Images in, uint8 batches out: the built-in `shapes`, torchvision's sets, any folder of image files.
 
 Every view of an image is a function of (seed, epoch, index) alone: the number of workers or of processes never changes
-what is trained on. Workers hand over uint8; `Normalize` scales on the device.
+what is trained on. Batches are uint8; `Normalize` scales on the device.
 """
 
 import argparse
@@ -14,26 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
-from torchvision.datasets import CIFAR10, CIFAR100, STL10
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from image_files import ImageFiles, UnreadableImage, class_folders
 from shapes import Shapes
+from small_images import InMemory, draw_boxes, in_channels, resized_crops, torchvision_set
 from training import World, derive_seed, generator
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Data sets by name, with what they set where no flag does. Any other name is a folder.
+# Data sets by name, with what they set where no flag does: all lie in memory. Any other name is a folder.
+SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5, workers=0)
 SETS = {
-    "shapes": dict(image_size=[32], patch_size=4, min_crop=1.0, knn_every=5, workers=0),  # random enough uncropped
-    "cifar10": dict(image_size=[32], patch_size=4, min_crop=0.2, knn_every=0),
-    "cifar100": dict(image_size=[32], patch_size=4, min_crop=0.2, knn_every=0),
-    "stl10": dict(image_size=[96], patch_size=8, min_crop=0.2, knn_every=0),
+    "shapes": SMALL | dict(min_crop=1.0),  # random enough uncropped
+    "mnist": SMALL | dict(image_size=[28], channels=1, min_crop=1.0),  # crops are mirrored, too, which digits are not
+    "fashionmnist": SMALL | dict(image_size=[28], channels=1, min_crop=0.5),
+    "cifar10": SMALL,
+    "cifar100": SMALL,
+    "stl10": SMALL | dict(image_size=[96], patch_size=8),
 }
-FOLDER = dict(image_size=[224], patch_size=16, min_crop=0.2, knn_every=0)
+FOLDER = dict(image_size=[224], patch_size=16, channels=3, min_crop=0.2, knn_every=0)
 NUM_SHAPES = dict(train=10_000, val=2_000)
 
 
@@ -49,7 +52,7 @@ def add_flags(add: Callable[..., Any]) -> None:
         f"(default: {sizes})")
     add("--min-crop", type=float, help="smallest share of an image that a random crop keeps; 1: whole images (default: "
         + ", ".join(f"{name}: {some['min_crop']:g}" for name, some in named.items()) + ")")
-    add("--workers", type=int, help="processes that load data (default: none for shapes, else up to 8)")
+    add("--workers", type=int, help="processes that read the files of a folder (default: up to 8)")
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -60,21 +63,7 @@ def fill_in(args: argparse.Namespace) -> None:
             setattr(args, name, value)
 
 
-# --- data sets by name ------------------------------------------------------------------------------------------------
-
-
-def torchvision_set(name: str, split: str, root: str, download: bool) -> Dataset:
-    """CIFAR-10, CIFAR-100 or STL-10: `train`, `test`, of STL-10 also `train+unlabeled`."""
-    to_tensor = v2.PILToTensor()
-    try:
-        if name == "stl10":
-            images = STL10(root, split, transform=to_tensor, download=download)
-            images.targets = images.labels.tolist()
-            return images
-        cifar = CIFAR10 if name == "cifar10" else CIFAR100
-        return cifar(root, train=split != "test", transform=to_tensor, download=download)
-    except (RuntimeError, FileNotFoundError) as error:
-        raise SystemExit(f"error: --data {name}: not whole in --data-root {root}; --download? ({error})") from None
+# --- data sets --------------------------------------------------------------------------------------------------------
 
 
 def unlabelled_images(args: argparse.Namespace) -> Dataset:
@@ -129,8 +118,10 @@ def few_labels(images: Dataset, share: float, seed: int) -> Dataset:
     return subset(images, sorted(chosen))
 
 
-def subset(images: Dataset, indices: list[int]) -> Subset:
-    """torch's Subset, which does not know the labels and classes of what it is a part of."""
+def subset(images: Dataset, indices: list[int]) -> Dataset:
+    """A part, with the labels and classes that torch's Subset does not know of."""
+    if isinstance(images, InMemory):
+        return InMemory(images.images[indices], [images.targets[i] for i in indices], images.classes)
     part = Subset(images, indices)
     part.classes = images.classes
     if hasattr(images, "targets"):
@@ -153,7 +144,10 @@ def sides(image_size: list[int]) -> tuple[int, int]:
 
 
 class CenterView:
-    """The largest centred part that has the shape of `size` (H, W), or 1 / `margin` of its sides, resized to `size`."""
+    """The largest centred part that has the shape of `size` (H, W), or 1 / `margin` of its sides, resized to `size`.
+
+    Of one image or of a batch of one size.
+    """
 
     def __init__(self, size: tuple[int, int], margin: float = 1.0):
         self.size, self.margin = size, margin
@@ -192,18 +186,16 @@ class RandomErasing(v2.RandomErasing):
         return params
 
 
-def finetuning_view(
-    size: tuple[int, int], min_crop: float, rand_augment: int, erasing: float
-) -> Callable[[Tensor], Tensor]:
-    """`pretraining_view`, then two operations of RandAugment at a strength of 0 (none) to 10, then RandomErasing."""
-    steps = [pretraining_view(size, min_crop)]
+def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], Tensor]]:
+    """Two operations of RandAugment at a strength of 0 (none) to 10, then RandomErasing."""
+    steps = []
     if rand_augment:
         grey = [round(255 * mean) for mean in IMAGENET_MEAN]
         bilinear = v2.InterpolationMode.BILINEAR
         steps.append(v2.RandAugment(2, rand_augment, num_magnitude_bins=11, interpolation=bilinear, fill=grey))
     if erasing:
         steps.append(RandomErasing(erasing))
-    return v2.Compose(steps)
+    return steps
 
 
 class Views(Dataset):
@@ -211,6 +203,8 @@ class Views(Dataset):
 
     An unreadable file gives way to another image, drawn at random, or with `replace=False` to a blank.
     """
+
+    collate = staticmethod(default_collate)
 
     def __init__(
         self, images: Dataset, view: Callable[[Tensor], Tensor], channels: int = 3, seed: int = 0, replace: bool = True
@@ -225,7 +219,7 @@ class Views(Dataset):
             torch.default_generator.manual_seed(derive_seed(self.seed, "view", *key))
             image, label, readable = self.read(key[1])
             image, label = self.show(image, label)
-        return image if self.channels == 3 else tvf.rgb_to_grayscale(image), label, readable
+        return in_channels(image, self.channels), label, readable
 
     def show(self, image: Tensor, label: Any) -> tuple[Tensor, Any]:
         """The view of an image; detection's change the label, too."""
@@ -244,6 +238,63 @@ class Views(Dataset):
         raise UnreadableImage("of 20 images drawn at random not one can be read")
 
 
+class BatchViews(Dataset):
+    """Views of images that lie in memory, of a whole batch at once and on `device`: else like `pretraining_view`.
+
+    A table of uniform numbers, with a row for each image and anew for each epoch, says what is cropped and mirrored.
+    """
+
+    def __init__(
+        self, images: InMemory, size: tuple[int, int], min_crop: float = 1.0, margin: float = 1.0, channels: int = 3,
+        seed: int = 0, device: torch.device | str = "cpu",
+    ):  # fmt: skip
+        self.images, self.size, self.min_crop, self.channels = images, size, min_crop, channels
+        self.center, self.seed, self.device = CenterView(size, margin), seed, device
+        self.labels = torch.tensor(images.targets)
+        self.epoch, self.boxes, self.mirrored = None, None, None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """A batch of one epoch: views uint8 (B, C, H, W), labels (B,), and that all could be read."""
+        epoch, indices = keys[0][0], torch.tensor([index for _, index in keys])
+        images = in_channels(self.images.images[indices].to(self.device), self.channels)
+        if self.min_crop == 1:
+            images = self.center(images)
+        else:
+            if self.epoch != epoch:
+                draws = torch.rand(len(self), 5, generator=generator(self.seed, "views", epoch))
+                boxes, mirrored = draw_boxes(draws[:, :4], *images.shape[-2:], self.min_crop), draws[:, 4] < 0.5
+                self.epoch, self.boxes, self.mirrored = epoch, boxes.to(self.device), mirrored.to(self.device)
+            images = resized_crops(images, self.boxes[indices], self.mirrored[indices], self.size)
+        return images, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
+
+    @staticmethod
+    def collate(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """It is a batch already."""
+        return batch
+
+
+def training_views(
+    images: Dataset, args: argparse.Namespace, size: tuple[int, int], device: torch.device,
+    augment: list[Callable[[Tensor], Tensor]] | None = None,
+) -> Views | BatchViews:  # fmt: skip
+    """Random crops, resized to `size` (H, W) and mirrored, then `augment`ed, as the flags say."""
+    if isinstance(images, InMemory) and not augment:
+        return BatchViews(images, size, args.min_crop, channels=args.channels, seed=args.seed, device=device)
+    view = v2.Compose([pretraining_view(size, args.min_crop), *(augment or [])])
+    return Views(images, view, args.channels, args.seed)
+
+
+def evaluation_views(images: Dataset, args: argparse.Namespace) -> Views | BatchViews:
+    """What features and classifiers are scored on: the centre of an image, 8/7 smaller (256 -> 224, as is usual)."""
+    size, margin = sides(args.image_size), 8 / 7
+    if isinstance(images, InMemory):
+        return BatchViews(images, size, margin=margin, channels=args.channels)
+    return Views(images, CenterView(size, margin), args.channels, replace=False)
+
+
 def check_readable(unreadable: int, seen: int) -> None:
     """Stop a run more than a quarter of whose images are unreadable."""
     if unreadable > max(8, seen / 4):
@@ -257,30 +308,27 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-def training_loader(views: Views, batch_size: int, workers: int, world: World, **options: Any) -> DataLoader:
+def training_loader(views: Views | BatchViews, batch_size: int, workers: int, world: World) -> DataLoader:
     """Shuffled batches of this process; call `loader.sampler.set_epoch` before each epoch.
 
     Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
     """
     seed = derive_seed(views.seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
     sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=seed, drop_last=True)
+    in_memory = isinstance(views, BatchViews)
+    workers = 0 if in_memory else workers
     return DataLoader(
-        views, batch_size, sampler=sampler, num_workers=workers, drop_last=True, pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
+        views, batch_size, sampler=sampler, num_workers=workers, collate_fn=views.collate, drop_last=True,
+        pin_memory=torch.cuda.is_available() and not in_memory, persistent_workers=workers > 0,
         generator=torch.Generator(),  # else it would draw from torch's own, which each step seeds
-        **options,
     )  # fmt: skip
 
 
-def evaluation_loader(views: Views, batch_size: int, workers: int, world: World, **options: Any) -> DataLoader:
+def evaluation_loader(views: Views | BatchViews, batch_size: int, workers: int, world: World) -> DataLoader:
     """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
     keys = [(0, index) for index in range(world.rank, len(views), world.size)]
-    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, **options)
-
-
-def evaluation_views(images: Dataset, args: argparse.Namespace) -> Views:
-    """What features and classifiers are scored on: the centre of an image, 8/7 smaller (256 -> 224, as is usual)."""
-    return Views(images, CenterView(sides(args.image_size), margin=8 / 7), args.channels, replace=False)
+    workers = 0 if isinstance(views, BatchViews) else workers
+    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=views.collate)
 
 
 def batches(loader: DataLoader) -> Iterator[Any]:

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import threads  # noqa: F401 (before torch)
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -202,7 +204,7 @@ def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
 
 def scoring_loader(images: CocoDetection, channels: int, workers: int, world: training.World) -> DataLoader:
     """Each image once, over all processes, and alone: what is found in it does not depend on others."""
-    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers, world, collate_fn=coco.pack)
+    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers, world)
 
 
 @torch.no_grad()
@@ -291,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
     views = coco.DetectionViews(train, channels, args.seed, augment=True, crop_share=args.crop_share)
-    loader = data.training_loader(views, micro_batch, args.workers, world, collate_fn=coco.pack)
+    loader = data.training_loader(views, micro_batch, args.workers, world)
     val_loader = scoring_loader(val, channels, args.workers, world)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
@@ -312,6 +314,7 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         runs.prepare_folder(args)
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model)]
+        print(f"device  {world.describe()}")
         print(f"data    {args.data}: {train.describe()}; to validate {val.describe()}")
         print(f"model   ViT and pyramid of {sizes[0]:.1f} M parameters, with the heads {sizes[1]:.1f} M")
         print(f"steps   {total_steps:,}, each {args.batch_size} images = {world.size} x {accumulate} x {micro_batch}; "

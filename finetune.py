@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import threads  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -61,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("what to do, instead of fine-tuning").add_argument
     add("--linear-probe", action="store_true", help="train a linear classifier on the frozen encoder")
     add("--knn", type=int, nargs="?", const=20, metavar="K", help="score the frozen features of --init by their K "
-        "nearest neighbours (K: 20)")
+        "nearest neighbours (K: 20) and by ridge regression")
     add("--eval", metavar="FILE", help="score a classifier, a checkpoint of this script or a public ViT with its head, "
         "at each --drop-ratio, on all validation images or --limit of them")
     add("--class-order", default="name", choices=("name", "number"), help="of class folders that are numbers, with "
@@ -83,7 +85,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--drop-path", type=float, default=0.0, help="stochastic depth")
     add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
     add("--patch-size", type=int, help="pixels, for --init none (default: 4 for small sets, 16 for a folder)")
-    add("--channels", type=int, default=3, choices=(1, 3), help="for --init none; 3: colour, 1: grey")
+    add("--channels", type=int, choices=(1, 3), help="for --init none; 3: colour, 1: grey (default: what the data are)")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help="share of its patch tokens that "
@@ -217,9 +219,11 @@ def nearest_neighbours(args: argparse.Namespace, encoder: ViT, ptr: PTR, world: 
         for images in (train, val)
     ]  # fmt: skip
     if world.is_main:
-        accuracy = scores.knn_accuracy(*results[0], *results[1], k=args.knn)
+        neighbours = scores.knn_accuracy(*results[0], *results[1], k=args.knn)
+        linear = scores.linear_accuracy(*results[0], *results[1])
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to score")
-        print(f"top-1 {accuracy:.1%} by {args.knn} nearest neighbours of the {by} token features of {args.init}")
+        print(f"top-1 {neighbours:.1%} by {args.knn} nearest neighbours, {linear:.1%} by ridge regression, of the {by} "
+              f"token features of {args.init}")  # fmt: skip
 
 
 def export(args: argparse.Namespace) -> None:
@@ -280,8 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     # 3. Data
     batch_size = min(args.batch_size, len(train) // world.size * world.size)  # few labels are few
     micro_batch, accumulate = training.batch_sizes(batch_size, args.micro_batch, world)
-    view = data.finetuning_view(encoder.image_size, args.min_crop, args.rand_augment, args.erasing)
-    views = data.Views(train, view, args.channels, args.seed)
+    augment = data.augmentations(args.rand_augment, args.erasing)
+    views = data.training_views(train, args, encoder.image_size, world.device, augment)
     loader = data.training_loader(views, micro_batch, args.workers, world)
     val = data.validation_images(args, train.classes)
     val_loader = scoring_loader(args, val, world)
@@ -303,6 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
     if world.is_main:
         runs.prepare_folder(args)
+        print(f"device  {world.describe()}")
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to validate")
         print(f"model   {encoder.describe()}, pooled by {model.pool}; class token + {' '.join(map(str, counts))}")
         print(f"steps   {total_steps:,}, each {batch_size} images = {world.size} x {accumulate} x {micro_batch}; "

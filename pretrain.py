@@ -11,6 +11,8 @@ import argparse
 import math
 import time
 
+import threads  # noqa: F401 (before torch)
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -46,7 +48,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="vit_mini", choices=MODELS, help="encoder")
     add("--patch-size", type=int, help="pixels (default: 4 for small sets, 16 for a folder; see data.SETS)")
-    add("--channels", type=int, default=3, choices=(1, 3), help="3: colour, 1: grey")
+    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: what the data are)")
     add("--drop-path", type=float, default=0.0, help="stochastic depth of the student")
     add("--decoder-dim", type=int, default=64, help="decoder width")
     add("--decoder-depth", type=int, default=1, help="decoder blocks")
@@ -72,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
     add("--clip-grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
     add("--knn-every", type=int, metavar="N", help="score the features on labelled images, by nearest neighbours and a "
-        "linear classifier, at the start and every N epochs; 0: never (default: 5 for shapes, else 0)")
+        "linear classifier, at the start and every N epochs; 0: never (default: 5 for sets with a name, else 0)")
     return parser
 
 
@@ -94,9 +96,11 @@ def build_model(args: argparse.Namespace) -> PCAE | MAE | SimMIM:
 
 
 def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataLoader]:
-    """Labelled images of training and validation, to score features on."""
-    train = data.labelled_images(args, limit=5000)
-    sets = train, data.validation_images(args, train.classes, limit=2000)
+    """Labelled training images in two parts, to score features on: no choice made here has seen the validation set."""
+    images = data.labelled_images(args, limit=7000)
+    order = torch.randperm(len(images), generator=training.generator("probe")).tolist()
+    count = len(order) * 5 // 7
+    sets = [data.subset(images, part) for part in (order[:count], order[count:])]
     batch = 16 if args.dry_run else 250
     return [data.evaluation_loader(data.evaluation_views(some, args), batch, args.workers, world) for some in sets]
 
@@ -137,8 +141,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 3. Data
     images = data.unlabelled_images(args)
-    view = data.pretraining_view(data.sides(args.image_size), args.min_crop)
-    views = data.Views(images, view, args.channels, args.seed)
+    views = data.training_views(images, args, data.sides(args.image_size), world.device)
     loader = data.training_loader(views, micro_batch, args.workers, world)
     loaders = probe_loaders(args, world) if args.knn_every else None
     normalize = data.Normalize(args.channels).to(world.device)
@@ -163,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         history = [dict(epoch=0, step=0) | probe(model.student, loaders, normalize, args, world)]
     if world.is_main:
         runs.prepare_folder(args)
+        print(f"device  {world.describe()}")
         print(f"data    {args.data}: {data.describe(images)}")
         print(f"model   {args.model} by {args.method}: {model.student.describe()}; {model.describe()}")
         print(f"steps   {total_steps:,}, each {args.batch_size} images = {world.size} x {accumulate} x {micro_batch}; "

@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
+from small_images import InMemory
 from training import generator
 
 
@@ -103,25 +103,17 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
     return (images.clamp(0, 1) * 255).round().byte(), labels, coverage
 
 
-class Shapes(Dataset):
-    """One object in one of ten shapes: drawn once, kept in memory as uint8 (3, H, W), with its label.
+class Shapes(InMemory):
+    """One object in one of ten shapes: drawn once, kept in memory as uint8 (N, 3, H, W), with its label.
 
     A light object of random hue, size, place, tilt and stripes lies on a dark ground of random hue and stripes.
     """
 
-    classes = [shape.__name__ for shape in SHAPES]
-
     def __init__(self, split: str, length: int, image_size: tuple[int, int]):
         chunks = [range(i, min(i + 500, length)) for i in range(0, length, 500)]
         drawn = [draw_shapes(split, chunk, image_size) for chunk in chunks]
-        self.images = torch.cat([images for images, _, _ in drawn])
-        self.targets = torch.cat([labels for _, labels, _ in drawn]).tolist()
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.images[index], self.targets[index]
+        images, labels = (torch.cat(parts) for parts in list(zip(*drawn, strict=True))[:2])
+        super().__init__(images, labels.tolist(), [shape.__name__ for shape in SHAPES])
 
 
 def draw_scene(split: str, index: int, image_size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor]:

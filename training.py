@@ -28,6 +28,14 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def describe(self) -> str:
+        """Where it runs, in words."""
+        text = f"{self.size} process(es) on {self.device.type}"
+        if self.device.type == "cpu":
+            spins = os.environ.get("GOMP_SPINCOUNT", "")
+            text += f", each with {torch.get_num_threads()} thread(s); GOMP_SPINCOUNT={spins}"
+        return text
+
 
 def start_world(device: str) -> World:
     """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`..."""

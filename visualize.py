@@ -33,11 +33,11 @@ import training
 from image_files import UnreadableImage, find_images, read_image
 from model import patchify, split_patches
 from ptr import CRITERIA, gather_tokens, scatter_tokens, token_counts
-from shapes import Shapes, draw_scene
+from shapes import draw_scene
 from weights import find_weights, load_classifier, load_encoder
 
 # What is taken from the checkpoint, besides the drop ratio, where no flag says otherwise.
-KEPT = ("drop_stages", "drop_at", "drop_blocks", "criterion", "mask_ratio")
+KEPT = ("data", "data_root", "drop_stages", "drop_at", "drop_blocks", "criterion", "mask_ratio")
 
 GAP, LINE = 8, 17  # pixels between tiles, and of a line of text
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fbf", "#8a8a00")  # of classes
@@ -46,10 +46,12 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7
 def arguments() -> argparse.ArgumentParser:
     """All flags; the checkpoint's settings of PTR take the place of these defaults."""
     parser = runs.flag_parser(__doc__)
-    parser.add_argument("images", nargs="*", help="files, or folders with image files (default: built-in ones)")
+    parser.add_argument("images", nargs="*", help="files, or folders with image files (default: those of --data)")
     add = parser.add_argument_group("picture").add_argument
     add("--out", default="picture.png", metavar="FILE", help="where it is written")
-    add("--limit", type=int, default=8, metavar="N", help="take N built-in images, and N of each folder")
+    add("--data", default="shapes", choices=data.SETS, help="set whose validation images are shown")
+    add("--data-root", default="data", metavar="FOLDER", help="where torchvision's sets lie")
+    add("--limit", type=int, default=8, metavar="N", help="take N images of --data, and N of each folder")
     add("--masked", action="store_true", help="give PTR the masked patches alone, as in pre-training")
     add("--heatmap", action="store_true", help="show the scores by which PTR chooses, too")
     add("--score-threshold", type=float, default=0.5, help="draw what a detector is at least so sure of")
@@ -101,7 +103,10 @@ def draw_patches(
     # Images, uint8 (B, 3, H, W), and the patches of them that PTR is given, (B, n)
     view = data.CenterView(encoder.image_size, margin=8 / 7)  # what classifiers are scored on
     images = [view(image) for image in read_images(args.images, args.limit)]
-    images = torch.stack(images) if images else Shapes("val", args.limit, encoder.image_size).images
+    if not images:
+        named = argparse.Namespace(**vars(args), image_size=encoder.image_size, download=False)
+        images = [view(image) for image, _ in data.validation_images(named, limit=args.limit)]
+    images = torch.stack(images)
     images = images if channels == 3 else tvf.rgb_to_grayscale(images, 3)
     inputs = data.Normalize(channels).to(device)(images[:, :channels])
     patch_ids = torch.arange(encoder.num_patches).expand(len(images), -1)
@@ -229,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         drop_ratio = config.get("drop_ratio", 0.0)
         if isinstance(drop_ratio, list):  # finetune.py and detect.py take several
             drop_ratio = drop_ratio[0]
-        parser.set_defaults(**{name: config[name] for name in KEPT if name in config}, drop_ratio=drop_ratio)
+        kept = {name: config[name] for name in KEPT if name in config}
+        if kept.get("data") not in data.SETS:  # a folder, or a detector's scenes
+            kept.pop("data", None)
+        parser.set_defaults(**kept, drop_ratio=drop_ratio)
         trained = parser.parse_args([])
         try:
             if checkpoint.get("method") == "detect":

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import TensorDataset
+from torchvision.transforms import v2
 
 import data
 import image_files
 from data import CenterView, Normalize, Views
 from image_files import UnreadableImage
-from shapes import Shapes
+from small_images import InMemory
 from training import World
 
 ALONE, *TWO = (World(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
@@ -135,35 +136,49 @@ def test_classes_are_numbered_alike_in_training_and_validation(tmp_path):
         data.validation_images(flags(data=str(tmp_path)), train.classes)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "nowhere"])
+@pytest.mark.parametrize("name", [*list(data.SETS)[1:], "nowhere"])
 def test_data_that_are_not_there_are_refused(tmp_path, name):
     for read in (data.unlabelled_images, data.labelled_images, data.validation_images):
         with pytest.raises(SystemExit, match="--data"):
             read(flags(data=name, data_root=str(tmp_path)))
 
 
-def test_parts_know_their_labels_and_lie_within_larger_ones():
-    images = Shapes("train", 400, (4, 4))
+class Labelled(TensorDataset):
+    """Not in memory, as far as data.py knows; an image's pixels are its number."""
+
+    def __init__(self, numbers, targets, classes):
+        super().__init__(numbers, torch.tensor(targets))
+        self.targets, self.classes = targets, classes
+
+
+@pytest.mark.parametrize("kind", [InMemory, Labelled])
+def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
+    labels = torch.randint(10, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    images = kind(torch.arange(400)[:, None, None, None], labels, list("abcdefghij"))
+
+    def indices(part):
+        return [int(part[i][0].flatten()[0]) for i in range(len(part))]
+
     counts = np.bincount(images.targets).tolist()
     few = {share: data.few_labels(images, share, seed=0) for share in (1e-9, 0.1, 0.5)}
     for share, part in few.items():
         assert np.bincount(part.targets).tolist() == [max(1, round(share * count)) for count in counts]
-    again, other = (data.few_labels(images, 0.1, seed).indices for seed in (0, 1))
-    assert few[0.1].indices == again != other
+    again, other = (indices(data.few_labels(images, 0.1, seed)) for seed in (0, 1))
+    assert indices(few[0.1]) == again != other
     limited = {limit: data.at_most(images, limit) for limit in (30, 100, 400, 500)}
     assert [len(part) for part in limited.values()] == [30, 100, 400, 400]
-    assert limited[30].indices == data.at_most(images, 30).indices and max(limited[30].indices) > 200
+    assert indices(limited[30]) == indices(data.at_most(images, 30)) and max(indices(limited[30])) > 200
     for smaller, larger in ((few[1e-9], few[0.1]), (few[0.1], few[0.5]), (limited[30], limited[100])):
-        assert set(smaller.indices) < set(larger.indices)
-        assert smaller.targets == [label for _, label in smaller] and smaller.classes == images.classes
+        assert set(indices(smaller)) < set(indices(larger)) and smaller.classes == images.classes
+        assert smaller.targets == [smaller[i][1] for i in range(len(smaller))] == [labels[i] for i in indices(smaller)]
 
 
 @pytest.mark.parametrize("name", [*data.SETS, "some/folder"])
 def test_what_no_flag_gives_is_filled_in(monkeypatch, name):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # so that each process has one core
-    args = flags(data=name, **dict.fromkeys(("image_size", "patch_size", "min_crop", "knn_every", "workers")))
-    data.fill_in(args)
     expected = dict(workers=1) | data.SETS.get(name, data.FOLDER)
+    args = flags(data=name, **dict.fromkeys(expected))
+    data.fill_in(args)
     assert {key: getattr(args, key) for key in expected} == expected and args.image_size[0] % args.patch_size == 0
     given = argparse.Namespace(data=name, image_size=[7], workers=3, min_crop=0.0)
     data.fill_in(given)
@@ -177,7 +192,8 @@ def numbered(length):
     return TensorDataset(torch.from_numpy(noise(length, 3, 48, 48)), torch.arange(length))
 
 
-KINDS = dict(pretraining=data.pretraining_view((8, 8), 0.2), finetuning=data.finetuning_view((8, 8), 0.2, 9, 0.5))
+CROP = data.pretraining_view((8, 8), 0.2)
+KINDS = dict(pretraining=CROP, finetuning=v2.Compose([CROP, *data.augmentations(9, 0.5)]))
 
 
 def epoch_of(loader, epoch):
@@ -252,7 +268,7 @@ def test_random_crops_keep_the_share_asked_for_and_half_are_flipped():
 def test_rand_augment_is_as_strong_as_asked_for():
     torch.manual_seed(0)
     for strength in (5, 9):
-        view = data.finetuning_view((16, 16), 1, strength, 0)
+        (view,) = data.augmentations(strength, 0)
         levels = {int(view(torch.full((3, 16, 16), 100, dtype=torch.uint8))[0, 8, 8]) for _ in range(200)}
         assert {100 - 9 * strength, 100 + 9 * strength} <= levels, "of the brightness alone"
 

@@ -19,6 +19,7 @@ from helpers import flags, identical, log, train
 from image_files import class_folders
 from model import NO_PTR, Classifier, pool
 from ptr import PTR
+from shapes import SHAPES
 from weights import load_classifier, load_encoder
 
 CPU = torch.device("cpu")
@@ -91,7 +92,7 @@ def test_four_steps_by_hand(tmp_path, folder):
     args = argparse.Namespace(**checkpoint["config"])
     training.seed_generators(CPU, 3, "weights")
     model = Classifier(finetune.build_encoder(args, None), 3).train()
-    views = data.Views(data.labelled_images(args), data.finetuning_view((16, 16), 0.5, 0, 0), seed=3)
+    views = data.Views(data.labelled_images(args), data.pretraining_view((16, 16), 0.5), seed=3)
     loader, mix = data.training_loader(views, 24, 0, training.World(0, 1, CPU)), finetune.mixing(0.8, 0.0, 3)
     optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.1, layer_decay=0.5))
     for step, (images, labels, _) in enumerate(helpers.batches_of(loader, epochs=2)):
@@ -241,7 +242,7 @@ def test_an_exported_classifier_gives_the_same_logits(tmp_path, folder, finished
 
 def test_mistakes(tmp_path, folder, pretrained, finished):
     """Flags that do not fit, and files: no weights, another script's, classes in another order or number."""
-    last, names = runs.load(finished / "last.pt"), data.Shapes.classes
+    last, names = runs.load(finished / "last.pt"), [shape.__name__ for shape in SHAPES]
     model = last["model"] | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}
     runs.save(tmp_path / "order.pt", last | dict(model=model, classes=names[::-1], config={}))
     runs.save(tmp_path / "number.pt", last | dict(classes=names, config={}))

@@ -55,7 +55,7 @@ def test_four_steps_by_hand(tmp_path, method):
     args = argparse.Namespace(**checkpoint["config"])
     training.seed_generators(CPU, 3, "weights")
     model = pretrain.build_model(args).train()
-    views = data.Views(data.unlabelled_images(args), data.pretraining_view((16, 16), 0.5), seed=3)
+    views = data.BatchViews(data.unlabelled_images(args), (16, 16), 0.5, seed=3)
     loader = data.training_loader(views, 16, 0, training.World(0, 1, CPU))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     first, second = ({name: torch.zeros_like(parameter) for name, parameter in trained.items()} for _ in range(2))

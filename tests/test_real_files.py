@@ -272,8 +272,8 @@ def test_a_batch_is_few_tensors(tmp_path):
 @pytest.mark.parametrize("method", ["spawn", "forkserver"] if os.name == "posix" else ["spawn"])
 def test_loaders_start_their_processes_in_every_way(tmp_path, method):
     views = DetectionViews(write_squares(tmp_path), channels=3, augment=True, crop_share=0.5)
-    context = multiprocessing.get_context(method)
-    loader = training_loader(views, 4, 1, WORLD, collate_fn=coco.pack, multiprocessing_context=context)
+    loader = training_loader(views, 4, 1, WORLD)
+    loader.multiprocessing_context = multiprocessing.get_context(method)
     assert len(list(batches(loader))) == 3
 
 

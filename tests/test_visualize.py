@@ -17,7 +17,7 @@ import runs
 import visualize
 from model import patchify
 from ptr import CRITERIA, PTR, token_counts
-from shapes import Shapes, draw_scene
+from shapes import SHAPES, Shapes, draw_scene
 from weights import load_classifier, load_encoder
 
 IMAGES = Shapes("val", 3, (32, 32)).images
@@ -99,7 +99,7 @@ def test_a_classifier_answers_of_files_as_it_was_trained(folder, tmp_path, writt
     model, images = load_classifier(runs.load(folder / "b.pt")).eval(), data.Normalize()(IMAGES)
     answer, other = (model(images, ptr=PTR((0, 1, 2), ratio)).softmax(dim=1).max(dim=1) for ratio in (0.3, 0.6))
     assert not torch.allclose(answer.values, other.values, atol=2e-3)
-    answers = [(Shapes.classes[label], f"{100 * share:.1f}") for share, label in zip(*answer, strict=True)]
+    answers = [(SHAPES[label].__name__, f"{100 * share:.1f}") for share, label in zip(*answer, strict=True)]
     for texts in (("25", "64"), *answers):  # how many the first stage keeps, and the answers
         assert any(all(text in line for text in texts) for line in written)
 

@@ -1,0 +1,151 @@
+"""Sets in memory: their files, and views of a batch that equal torchvision's and those of single images."""
+
+import argparse
+import gzip
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+import data
+from data import BatchViews, CenterView
+from small_images import InMemory, draw_boxes, resized_crops, torchvision_set
+from training import World
+
+ALONE, *TWO = (World(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
+
+
+def noise(*shape, seed=0):
+    return torch.randint(256, shape, generator=torch.Generator().manual_seed(seed)).byte()
+
+
+def numbered(count, height=24, width=20, channels=3):
+    """Images whose label is their number."""
+    return InMemory(noise(count, channels, height, width), list(range(count)), [])
+
+
+# --- views ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(24, 20), (40, 50), (10, 7)])
+def test_crops_are_torchvisions_of_the_same_rectangle(size):
+    images = noise(64, 3, 24, 20)
+    boxes = draw_boxes(torch.rand(64, 4, generator=torch.Generator().manual_seed(1)), 24, 20, 0.1)
+    mirrored = torch.arange(64) % 2 == 0
+    ours = resized_crops(images, boxes, mirrored, size)
+    for i, (left, top, width, height) in enumerate(boxes.int().tolist()):
+        mode = InterpolationMode.BILINEAR
+        expected = tvf.resized_crop(images[i], top, left, height, width, list(size), mode, antialias=True)
+        expected = tvf.horizontal_flip(expected) if mirrored[i] else expected
+        assert (ours[i].int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (24, 36), (100, 20)])
+def test_boxes_lie_inside_and_have_the_shares_and_shapes_asked_for(height, width):
+    boxes = draw_boxes(torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)), height, width, 0.3)
+    left, top, wide, high = boxes.unbind(1)
+    assert boxes.equal(boxes.round()) and min(left.min(), top.min()) == 0 and min(wide.min(), high.min()) > 0
+    assert (left + wide).max() == width and (top + high).max() == height
+    if height < 2 * width:  # else what is 3:4 has not the share
+        assert boxes[:, 0].unique().numel() > 3 and boxes[:, 1].unique().numel() > 3
+        quantiles = (wide * high / (height * width)).quantile(torch.tensor([0.0, 0.25, 0.5, 0.75]))
+        assert (quantiles - torch.tensor([0.3, 0.475, 0.65, 0.825])).abs().max() < 0.04
+        ratio = wide / high
+        assert 0.65 < ratio.min() < 0.85 and 1.2 < ratio.max() < 1.55
+
+
+@pytest.mark.parametrize("channels, min_crop", [(3, 0.3), (1, 0.3), (3, 1.0)])
+def test_a_batch_of_views_equals_single_ones_and_depends_on_seed_epoch_and_index_alone(channels, min_crop):
+    images = numbered(29, channels=channels)
+
+    def views(seed=0):
+        return BatchViews(images, (16, 16), min_crop, channels=channels, seed=seed)
+
+    def epoch_of(loader, epoch):
+        loader.sampler.set_epoch(epoch)
+        return {int(label): view for batch, labels, _ in loader for view, label in zip(batch, labels, strict=True)}
+
+    whole, whole_again = (epoch_of(data.training_loader(views(), 8, 3, ALONE), epoch) for epoch in (1, 2))
+    halves = [epoch_of(data.training_loader(views(), 4, 0, world), 1) for world in TWO]
+    assert len(whole) == 24 and whole.keys() == halves[0].keys() | halves[1].keys() and list(whole) != sorted(whole)
+    for index, view in whole.items():
+        single, labels, readable = views().__getitems__([(1, index)])
+        assert torch.equal(single[0], view) and labels.item() == index and readable.item()
+        assert torch.equal((halves[0] | halves[1])[index], view) and view.shape == (channels, 16, 16)
+    other = views(seed=1).__getitems__([(1, index) for index in whole])[0]
+    for views_of in (other, [whole_again.get(index) for index in whole]):
+        same = [torch.equal(a, b) for a, b in zip(whole.values(), views_of, strict=True) if b is not None]
+        assert all(same) if min_crop == 1 else not any(same)
+
+
+@pytest.mark.parametrize("size, margin", [((16, 16), 8 / 7), ((24, 20), 1.0)])
+def test_what_is_not_cropped_is_the_centre(size, margin):
+    images = numbered(5)
+    batch, _, _ = BatchViews(images, size, margin=margin).__getitems__([(0, 3), (0, 1)])
+    assert torch.equal(batch, torch.stack([CenterView(size, margin)(images[i][0]) for i in (3, 1)]))
+
+
+def test_which_views_training_takes():
+    args = argparse.Namespace(min_crop=0.5, channels=1, seed=0, image_size=[16])
+    augment = data.augmentations(rand_augment=9, erasing=0.9)
+    at_once, one_by_one = (data.training_views(numbered(8), args, (16, 16), "cpu", some) for some in ([], augment))
+    for views in (at_once, one_by_one, data.evaluation_views(numbered(8), args)):
+        (batch, labels, readable), *_ = data.evaluation_loader(views, 8, 0, ALONE)
+        assert batch.shape == (8, 1, 16, 16) and labels.tolist() == list(range(8)) and readable.all()
+    assert [isinstance(views, BatchViews) for views in (at_once, one_by_one)] == [True, False]
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_idx(path, array, pack):
+    content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, dtype=">u4").tobytes() + bytes(array.numpy())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content) if pack else content)
+
+
+@pytest.mark.parametrize("name, place, pack", [
+    ("fashionmnist", ".", True), ("fashionmnist", "FashionMNIST/raw", True), ("mnist", "MNIST/raw", False),
+])  # fmt: skip
+def test_mnist_is_read_from_its_four_files(tmp_path, name, place, pack):
+    suffix = ".gz" if pack else ""
+    for part, count in (("train", 6), ("t10k", 3)):
+        images, labels = noise(count, 28, 28, seed=count), torch.arange(count).byte()
+        write_idx(tmp_path / place / f"{part}-images-idx3-ubyte{suffix}", images, pack)
+        write_idx(tmp_path / place / f"{part}-labels-idx1-ubyte{suffix}", labels, pack)
+        found = torchvision_set(name, "train" if part == "train" else "test", str(tmp_path), download=False)
+        assert torch.equal(found.images[:, 0], images) and found.targets == labels.tolist() and len(found.classes) == 10
+        image, label = found[2]
+        assert torch.equal(image, images[2].expand(3, -1, -1)) and label == 2
+    cut = tmp_path / place / f"train-images-idx3-ubyte{suffix}"
+    cut.write_bytes(cut.read_bytes()[:900])
+    with pytest.raises(SystemExit, match="--data-root"):
+        torchvision_set(name, "train", str(tmp_path), download=False)
+
+
+def test_cifar_and_stl(tmp_path, monkeypatch):
+    """Files as their authors' archives hold, but few images; torchvision checks sums, which these have not."""
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *args: True)
+    cifar = tmp_path / "cifar-10-batches-py"
+    cifar.mkdir()
+    for i, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        rows = noise(2, 3 * 32 * 32, seed=i).numpy()
+        (cifar / name).write_bytes(pickle.dumps(dict(data=rows, labels=[i, 9])))
+    (cifar / "batches.meta").write_bytes(pickle.dumps(dict(label_names=[f"class {i}" for i in range(10)])))
+    train, test = (torchvision_set("cifar10", split, str(tmp_path), False) for split in ("train", "test"))
+    assert train.images.shape == (10, 3, 32, 32) and train.targets == [0, 9, 1, 9, 2, 9, 3, 9, 4, 9]
+    assert torch.equal(test.images, noise(2, 3, 32, 32, seed=5)) and test.classes[3] == "class 3"
+
+    stl = tmp_path / "stl10_binary"
+    stl.mkdir()
+    for seed, (part, count) in enumerate((("train", 2), ("test", 3), ("unlabeled", 4))):
+        (stl / f"{part}_X.bin").write_bytes(bytes(noise(count, 3, 96, 96, seed=seed).numpy()))  # column by column
+        (stl / f"{part}_y.bin").write_bytes(bytes(range(1, count + 1)))
+    (stl / "class_names.txt").write_text("airplane\nbird\n")
+    train, test = (torchvision_set("stl10", split, str(tmp_path), False) for split in ("train+unlabeled", "test"))
+    assert train.targets == [0, 1, -1, -1, -1, -1] and test.targets == [0, 1, 2]
+    assert torch.equal(test.images, noise(3, 3, 96, 96, seed=1).mT)
