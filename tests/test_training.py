@@ -1,11 +1,15 @@
 """Schedules, parameter groups, seeds, precision and processes: closed forms, and lists written out."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import training
+from helpers import ROOT
 from model import PCAE, Classifier, ViT
 from ptr import PTR
 from training import World
@@ -131,3 +135,19 @@ def test_batch_sizes(batch, micro, processes, expected):
             training.batch_sizes(batch, micro, world)
     else:
         assert training.batch_sizes(batch, micro, world) == expected
+
+
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "detect"])
+def test_how_long_threads_wait_is_decided_before_torch_is_loaded(script):
+    code = f"import sys, {script}; names = list(sys.modules); print(names.index('threads') < names.index('torch'))"
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "True"
+
+
+@pytest.mark.parametrize(
+    "variables, spins", [({}, "700"), (dict(OMP_NUM_THREADS="1"), "None"), (dict(GOMP_SPINCOUNT="5"), "5")]
+)
+def test_threads_wait_for_a_bounded_time_unless_the_user_says_otherwise(variables, spins):
+    environment = {name: text for name, text in os.environ.items() if "OMP_" not in name} | variables
+    code = "import os, threads; print(os.environ.get('GOMP_SPINCOUNT'))"
+    found = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
+    assert found.strip() == spins
