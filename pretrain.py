@@ -61,7 +61,8 @@ def arguments() -> argparse.ArgumentParser:
         "shown to the teacher")
     add("--drop-ratio", type=float, default=0.5, help="share of its tokens that each stage drops (pcae)")
     runs.add_ptr_flags(add)
-    add("--ema", type=float, default=0.9999, help="momentum of the teacher at the start; rises to 1 (pcae)")
+    add("--ema", type=float, help="momentum of the teacher at the start; rises to 1 (pcae; default: such that 1 %% of "
+        "its random start is left at the end, as in the paper's run)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
@@ -152,6 +153,8 @@ def main(argv: list[str] | None = None) -> None:
         steps_per_epoch = min(2, steps_per_epoch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     peak_lr = args.blr * args.batch_size / 256
+    if args.ema is None:
+        args.ema = training.start_momentum(total_steps)
 
     # 4. Start, or go on from where the checkpoint was written
     step, first_epoch, history = 0, 0, []
@@ -171,6 +174,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model   {args.model} by {args.method}: {model.student.describe()}; {model.describe()}")
         print(f"steps   {total_steps:,}, each {args.batch_size} images = {world.size} x {accumulate} x {micro_batch}; "
               f"peak learning rate {peak_lr:.3g} = {args.blr:g} * {args.batch_size} / 256")
+        if args.method == "pcae":
+            print(f"teacher momentum {args.ema:.6g} at the start, 1 at the end")
         print(f"to continue after an interruption: python pretrain.py --resume {args.out}/last.pt")
 
     # 5. Train

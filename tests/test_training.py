@@ -42,6 +42,14 @@ def test_ema_momentum():
     assert values == sorted(values) and training.ema_momentum(7, base=1, total=40) == 1
 
 
+def test_start_momentum():
+    for total, left in ((400, 0.01), (3000, 0.2)):
+        base = training.start_momentum(total, left)
+        momenta = [training.ema_momentum(step, base=base, total=total) for step in range(total)]
+        assert math.prod(momenta) == pytest.approx(left, rel=0.1)
+    assert training.start_momentum(93_600) == pytest.approx(0.9999, abs=3e-6) and training.start_momentum(2) == 0
+
+
 def grouped(model, **options):
     """{name: (lr_scale, weight_decay)} of all that is trained; each parameter is in one group."""
     names = {parameter: name for name, parameter in model.named_parameters()}

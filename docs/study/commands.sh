@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The study's runs, one line each: bash docs/study/commands.sh FOLDER | xargs -P 2 -d '\n' -n 1 bash -c
+# FOLDER holds Fashion-MNIST's four files. What is done already is left out.
+set -euo pipefail
+data="--data fashionmnist --data-root $1" unit="--limit 20000 --epochs 10 --knn-every 10" one="OMP_NUM_THREADS=1"
+out=runs/study
+
+pretrain() { # name, seed, flags
+    local run=$out/$1-$2
+    [ -f "$run/knn.txt" ] || echo "$one python pretrain.py $data $unit --seed $2 --out $run ${*:3} > $run.log 2>&1 \
+&& $one python finetune.py $data --limit 20000 --knn --init $run/last.pt > $run/knn.tmp 2>> $run.log && mv $run/knn.tmp $run/knn.txt"
+}
+
+finetune() { # name of the pre-training, seed, name, flags
+    local run=$out/$1-$2 init="--init $out/$1-$2/last.pt"
+    [ "$1" != scratch ] || init="--init none --layer-decay 1"
+    [ -f "$run-$3/best.pt" ] || echo "$one python finetune.py $data $init --seed $2 --out $run-$3 ${*:4} \
+> $run-$3.log 2>&1"
+}
+
+# Question 0, by metrics.jsonl alone
+if [ "${2:-}" = tune ]; then
+    for seed in 0 1; do
+        for ema in 0.997 0.99 0.999 0.9999 1; do echo pcae-ema$ema $seed --ema $ema; done
+        for blr in 4e-3 16e-3; do echo pcae-blr$blr $seed --ema 0.99 --blr $blr; done
+        for blr in 4e-3 8e-3 16e-3; do echo mae-blr$blr $seed --method mae --epochs 9 --knn-every 9 --blr $blr; done
+        for blr in 4e-3 8e-3 16e-3; do echo simmim-blr$blr $seed --method simmim --epochs 4 --knn-every 4 --blr $blr; done
+    done | while read -r name seed flags; do
+        [ -d "$out/tune/$name-$seed" ] || echo "$one python pretrain.py $data $unit $flags --seed $seed \
+--out $out/tune/$name-$seed > /dev/null 2>&1"
+    done
+    exit
+fi
