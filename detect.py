@@ -24,6 +24,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import AnchorGenerator, RPNHead
 from tqdm import tqdm
 
+import beit
 import coco
 import data
 import runs
@@ -188,7 +189,7 @@ def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detec
     """The detector in a checkpoint of this script, as its settings in `args` say."""
     if "learned_positions" not in checkpoint:
         raise SystemExit("error: this is no checkpoint of detect.py")
-    encoder = ViT(**checkpoint["encoder"], drop_path=args.drop_path)
+    encoder = beit.build_encoder(checkpoint["encoder"], args.drop_path)
     model = build_detector(args, encoder, len(checkpoint["categories"]), checkpoint["learned_positions"])
     model.load_state_dict(checkpoint["model"])
     return model

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+import beit
 import data
 import runs
 import scores
@@ -77,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
-        "ours, a public MAE, DINO, DeiT, MoCo v3 or timm ViT, or none: from scratch")
+        "ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT, or none: from scratch")
     add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
     add("--heads", type=int, help="attention heads, where --init does not say")
     add("--pool", choices=("mean", "class"), help="what the head sees: the mean of the patch tokens, or the class "
@@ -117,7 +118,7 @@ def arguments() -> argparse.ArgumentParser:
 def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, is_main: bool = True) -> ViT:
     """The encoder of the run to resume, of `--init`, or a new one. Raises ValueError."""
     if checkpoint is not None:
-        return ViT(**checkpoint["encoder"], drop_path=args.drop_path)
+        return beit.build_encoder(checkpoint["encoder"], args.drop_path)
     if args.init == "none":
         data.fill_in(args)
         size, model = data.sides(args.image_size), MODELS[args.model]

@@ -86,9 +86,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = F.scaled_dot_product_attention(q, k, v, bias)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))
 
 
@@ -103,7 +103,10 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch under drop path."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch under drop path.
+
+    `bias` (B, heads, n, n), which `beit.py` has, is added to the scores of attention.
+    """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
         super().__init__()
@@ -113,8 +116,8 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, round(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, mode="row")
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), bias))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
@@ -371,7 +374,7 @@ class Classifier(nn.Module):
     def __init__(self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False):
         super().__init__()
         self.encoder, self.pool, self.frozen = encoder, pool, frozen
-        encoder.pos_embed.requires_grad_()
+        encoder.requires_grad_()
         if frozen:
             encoder.requires_grad_(False).eval()
             self.fc_norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6)

@@ -10,6 +10,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
+from beit import BEiT
 from model import NO_PTR, ViT, sincos_position_embedding
 from ptr import PTR, scatter_tokens
 from weights import resize_positions
@@ -94,7 +95,9 @@ class ViTPyramid(nn.Module):
         patches = self.encoder.patch_embed(images) + positions[1:]
         cls = (self.encoder.cls_token + positions[:1]).expand(len(images), -1, -1)
         ids = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)  # (B, N)
-        encoded = self.encoder.encode(torch.cat([cls, patches], dim=1), ids, ptr, taps={*self.taps, *ptr.blocks})
+        where = dict(grid=grid) if isinstance(self.encoder, BEiT) else {}  # absolute positions are in the tokens
+        tokens, taps = torch.cat([cls, patches], dim=1), {*self.taps, *ptr.blocks}
+        encoded = self.encoder.encode(tokens, ids, ptr, taps, **where)
         whole, tapped = patches, []
         for block, (tokens, ids) in encoded.tapped.items():
             whole = scatter_tokens(whole, tokens[:, 1:], ids)

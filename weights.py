@@ -1,4 +1,4 @@
-"""Encoders and classifiers from files, ours or public ones (MAE, DINO, DeiT, MoCo v3, timm), and out again for timm."""
+"""Encoders and classifiers from files, ours or public (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm), and out for timm."""
 
 import math
 import re
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+from beit import BEiT, build_encoder, num_distances, resize_table
 from model import MODELS, Classifier, ViT, grid_size
 
 # What DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we put into a name.
@@ -17,7 +18,9 @@ WRAPPERS = (
     "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "vit", "ema", "backbone",
     "encoder",
 )  # fmt: skip
-MOCO = {"student": "base_encoder.", "teacher": "momentum_encoder."}
+# Where both are in one dict: MoCo v3's two encoders, and CAE's teacher beside an encoder, which is a wrapper above.
+PAIRS = {"student": ("base_encoder.",), "teacher": ("momentum_encoder.", "teacher.")}
+TABLE = "relative_position_bias_table"
 # Names that begin like this and that our ViT does not have would change what an encoder computes.
 ESSENTIAL = (
     "blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens",
@@ -45,10 +48,31 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
     for name, value in found.items():
         if isinstance(value, Tensor):
             tensors[".".join(part for part in name.split(".") if part not in WRAPPERS)] = value
-    moco = {name.removeprefix(MOCO[weights]): t for name, t in tensors.items() if name.startswith(MOCO[weights])}
-    if weights == "teacher" and not moco and "teacher" not in checkpoint:
+    one = {name[len(p) :]: t for p in PAIRS[weights] for name, t in tensors.items() if name.startswith(p)}
+    if weights == "teacher" and not one and "teacher" not in checkpoint:
         raise ValueError("it holds one set of weights and no teacher's: use --weights student")
-    return moco or tensors
+    return fold(one or tensors)
+
+
+def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What computes the same by fewer names, as a plain ViT or our BEiT has them.
+
+    LayerScale (`gamma_1`, `gamma_2` of BEiT and CAE, `ls1`, `ls2` of timm and DINOv2) goes into the layer before it,
+    `q_bias` and `v_bias` into a bias of qkv; a table of relative positions for all blocks becomes one for each.
+    """
+    folded = {name: tensor for name, tensor in tensors.items() if not name.endswith("relative_position_index")}
+    shared = folded.pop(f"rel_pos_bias.{TABLE}", None)
+    for block in [found[1] for name in tensors if (found := re.fullmatch(r"(blocks\.\d+\.)norm1\.weight", name))]:
+        for layer, names in (("attn.proj", ("gamma_1", "ls1.gamma")), ("mlp.fc2", ("gamma_2", "ls2.gamma"))):
+            for gamma in [folded.pop(block + name) for name in names if block + name in folded]:
+                folded[f"{block}{layer}.weight"] = folded[f"{block}{layer}.weight"] * gamma[:, None]
+                folded[f"{block}{layer}.bias"] = folded[f"{block}{layer}.bias"] * gamma
+        if block + "attn.q_bias" in folded:
+            q, v = folded.pop(block + "attn.q_bias"), folded.pop(block + "attn.v_bias")
+            folded[block + "attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+        if shared is not None:
+            folded[f"{block}attn.{TABLE}"] = shared
+    return folded
 
 
 def infer_arguments(
@@ -56,29 +80,41 @@ def infer_arguments(
 ) -> dict[str, Any]:
     """The arguments of the ViT that these weights are of. Raises ValueError.
 
-    They do not say how many `heads` they are for: by default as many as the usual model of this width has; nor for
-    which grid: that of `image_size` (H, W) where it has as many patches, else a square one.
+    They do not say how many `heads` they are for, but for BEiT's: by default as many as the usual model of this width
+    has; nor for which grid: that of `image_size` (H, W) where it has as many patches, else a square one.
     """
-    needed = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
+    table = tensors.get(f"blocks.0.attn.{TABLE}")
+    positions = "pos_embed" if table is None else f"blocks.0.attn.{TABLE}"
+    needed = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     absent = [name for name in needed if name not in tensors]
     if absent:
         raise ValueError(f"it is not a plain ViT with a class token: {', '.join(absent)} missing")
-    for name, ndim in (("patch_embed.proj.weight", 4), ("pos_embed", 3)):
+    if table is not None and "pos_embed" in tensors:
+        raise ValueError("it has absolute and relative positions, which no encoder here has")
+    for name, ndim in (("patch_embed.proj.weight", 4), (positions, 3 if table is None else 2)):
         if tensors[name].ndim != ndim:
             raise ValueError(f"{name} is {tuple(tensors[name].shape)}, which is not a plain ViT's")
     dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     if channels not in (1, 3):
         raise ValueError(f"it is for images of {channels} channels; here they have 3 (colour) or 1 (grey)")
-    num_patches = tensors["pos_embed"].shape[1] - 1
-    grid = (math.isqrt(num_patches),) * 2
-    if image_size is not None and math.prod(grid_size(image_size, patch_size)) == num_patches:
+    if table is None:
+        count, count_of = tensors["pos_embed"].shape[1], lambda grid: 1 + math.prod(grid)
+        grid = (math.isqrt(count - 1),) * 2
+    else:
+        count, count_of = len(table), num_distances
+        grid = ((math.isqrt(count - 3) + 1) // 2,) * 2
+    if image_size is not None and count_of(grid_size(image_size, patch_size)) == count:
         grid = grid_size(image_size, patch_size)
-    if math.prod(grid) != num_patches:
+    if count_of(grid) != count:
         raise ValueError(
-            f"its {1 + num_patches} positions are not a class token and a square of patches (--image-size can name "
+            f"its {positions} of {count} is not that of a class token and a square of patches (--image-size can name "
             "another grid)"
         )
     usual = {size["dim"]: size["heads"] for size in MODELS.values()}
+    if table is not None:
+        if heads not in (None, table.shape[1]):
+            raise ValueError(f"it has {table.shape[1]} heads, not --heads {heads}")
+        heads = table.shape[1]
     if heads is None and dim not in usual:
         raise ValueError(f"its width {dim} is not a usual one: say how many heads it has (--heads)")
     return dict(
@@ -89,7 +125,7 @@ def infer_arguments(
         depth=1 + max(int(block[1]) for name in tensors if (block := re.match(r"blocks\.(\d+)\.", name))),
         heads=heads or usual[dim],
         mlp_ratio=len(tensors["blocks.0.mlp.fc1.weight"]) / dim,
-    )
+    ) | ({} if table is None else dict(relative_positions=True))
 
 
 def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -108,10 +144,11 @@ def load_encoder(
     drop_path: float = 0.0,
     log: Callable[[str], None] = print,
 ) -> ViT:
-    """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3 or timm.
+    """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
 
-    `image_size` (H, W) other than the checkpoint's resizes the positions. `log` gets a line on what matched. Raises
-    ValueError where it is no plain ViT, a shape differs, or less than 90 % of the encoder's tensors are there.
+    `image_size` (H, W) other than the checkpoint's resizes the positions, absolute or relative. `log` gets a line on
+    what matched. Raises ValueError where it is neither a plain ViT nor a BEiT, a shape differs, or less than 90 % of
+    the encoder's tensors are there.
     """
     tensors = find_weights(checkpoint, weights)
     if "encoder" in checkpoint and "config" in checkpoint:  # ours says what it is
@@ -121,11 +158,13 @@ def load_encoder(
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # its ViT-S has twice the usual number
-    encoder = ViT(**(arguments | dict(image_size=image_size or arguments["image_size"])), drop_path=drop_path)
+    encoder = build_encoder(arguments | dict(image_size=image_size or arguments["image_size"]), drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
-    if old_grid != encoder.grid and "pos_embed" in tensors:
+    if old_grid != encoder.grid:
         log(f"positions resized from {' x '.join(map(str, old_grid))} to {' x '.join(map(str, encoder.grid))} patches")
-        tensors = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"].float(), old_grid, encoder.grid))
+        for name, resize in (("pos_embed", resize_positions), (TABLE, resize_table)):
+            found = {key: tensor for key, tensor in tensors.items() if key.endswith(name)}
+            tensors |= {key: resize(tensor.float(), old_grid, encoder.grid) for key, tensor in found.items()}
     take_weights(encoder, tensors, log)
     return encoder
 
@@ -198,7 +237,12 @@ def load_classifier(
 
 
 def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
-    """An encoder's or classifier's weights by timm's names; a linear probe's BatchNorm is folded into its head."""
+    """An encoder's or classifier's weights by timm's names; a linear probe's BatchNorm is folded into its head.
+
+    Raises ValueError for BEiT, which timm's ViT is not.
+    """
+    if isinstance(model.encoder if isinstance(model, Classifier) else model, BEiT):
+        raise ValueError("a BEiT has relative positions, and timm's own names and biases: it is not exported")
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
     if isinstance(model, Classifier) and model.frozen:
         mean, std = model.fc_norm.running_mean, (model.fc_norm.running_var + model.fc_norm.eps).sqrt()

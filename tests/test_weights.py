@@ -19,6 +19,7 @@ from weights import infer_arguments, load_classifier, load_encoder, resize_posit
 
 PATCH, SIZE, GRID, DIM, HEADS = 8, (32, 32), (4, 4), 192, 3
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
+TABLE = "relative_position_bias_table"
 quiet = [].append  # takes what is logged where that is not the point
 
 
@@ -196,9 +197,11 @@ def test_another_image_size(says, old):
 
 REFUSED = {
     "no class token": without(vit_weights(), "cls_token"),
-    "BEiT": without(vit_weights(), "pos_embed") | {"blocks.0.attn.relative_position_bias_table": torch.ones(1)},
-    "relative positions": vit_weights() | {"rel_pos_bias.table": torch.ones(1)},
-    "CAE": vit_weights() | {"blocks.0.gamma_1": torch.ones(1), "blocks.0.attn.q_bias": torch.ones(1)},
+    "absolute and relative positions": vit_weights() | {f"blocks.0.attn.{TABLE}": torch.ones(52, HEADS)},
+    "a table of another grid": without(vit_weights(), "pos_embed") | {f"rel_pos_bias.{TABLE}": torch.ones(51, HEADS)},
+    "other relative positions": vit_weights() | {"blocks.0.attn.rel_pos_h": torch.ones(7, 64)},
+    "rotary positions": vit_weights() | {"rope.freqs_cos": torch.ones(16, 64)},
+    "SwiGLU": vit_weights() | {"blocks.0.mlp.w3.weight": torch.ones(192, 768)},
     "register tokens": vit_weights() | {"reg_token": torch.ones(1)},
     "a distillation token": vit_weights() | {"dist_token": torch.ones(1)},
     "a stem": vit_weights() | {"patch_embed.backbone.stem.weight": torch.ones(1)},
@@ -277,7 +280,9 @@ RECORDED = Path(os.environ.get("PCAE_PARITY", "")).parent / "weights" / "expecte
 
 
 @pytest.mark.skipif(not RECORDED.exists(), reason="no recordings of public formats beside the one PCAE_PARITY names")
-@pytest.mark.parametrize("key", ["mae.tokens", "dino.teacher", "moco.tokens", "deit.logits"])
+@pytest.mark.parametrize(
+    "key", ["mae.tokens", "dino.teacher", "moco.tokens", "deit.logits", "cae.tokens", "beit_finetuned.logits"]
+)
 @torch.no_grad()
 def test_recorded_files(key):
     (name, what), expected = key.split("."), runs.load(RECORDED)
