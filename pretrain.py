@@ -61,8 +61,7 @@ def arguments() -> argparse.ArgumentParser:
         "shown to the teacher")
     add("--drop-ratio", type=float, default=0.5, help="share of its tokens that each stage drops (pcae)")
     runs.add_ptr_flags(add)
-    add("--ema", type=float, help="momentum of the teacher at the start; rises to 1 (pcae; default: such that 1 %% of "
-        "its random start is left at the end, as in the paper's run)")
+    add("--ema", type=float, help="momentum of the teacher at the start; rises to 1 (pcae; default: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")

@@ -21,7 +21,7 @@ finetune() { # name of the pre-training, seed, name, flags
 # Question 0, by metrics.jsonl alone
 if [ "${2:-}" = tune ]; then
     for seed in 0 1; do
-        for ema in 0.997 0.99 0.999 0.9999 1; do echo pcae-ema$ema $seed --ema $ema; done
+        for ema in 0.99 0.997 0.999 0.9999 1; do echo pcae-ema$ema $seed --ema $ema; done
         for blr in 4e-3 16e-3; do echo pcae-blr$blr $seed --ema 0.99 --blr $blr; done
         for blr in 4e-3 8e-3 16e-3; do echo mae-blr$blr $seed --method mae --epochs 9 --knn-every 9 --blr $blr; done
         for blr in 4e-3 8e-3 16e-3; do echo simmim-blr$blr $seed --method simmim --epochs 4 --knn-every 4 --blr $blr; done
@@ -31,3 +31,27 @@ if [ "${2:-}" = tune ]; then
     done
     exit
 fi
+
+# Questions 1 to 7. What question 0 chose: for PCAE the defaults, a momentum of .99
+pcae="" mae="--method mae --epochs 9 --knn-every 9 --blr 16e-3" simmim="--method simmim --epochs 4 --knn-every 4"
+for seed in 0 1 2; do
+    pretrain pcae $seed $pcae
+    pretrain mae $seed $mae
+    pretrain frozen $seed $pcae --ema 1
+    pretrain no-ptr-equal-compute $seed $pcae --epochs 6 --knn-every 6 --drop-ratio 0
+    pretrain simmim $seed $simmim
+done
+for seed in 0 1 2; do
+    pretrain ema.9999 $seed $pcae --ema 0.9999
+    pretrain random $seed $pcae --criterion random
+    pretrain reverse $seed $pcae --criterion reverse
+    pretrain no-ptr $seed $pcae --drop-ratio 0
+    pretrain decoder-2 $seed $pcae --decoder-depth 2
+done
+for seed in 0 1 2; do
+    pretrain mask-.85 $seed $pcae --mask-ratio 0.85
+    pretrain mask-.85-equal-compute $seed $pcae --mask-ratio 0.85 --epochs 13 --knn-every 13
+    pretrain stage-1 $seed $pcae --drop-stages 1 --drop-ratio 0.875
+    pretrain ratio-.37 $seed $pcae --drop-ratio 0.37
+    pretrain decoder-4 $seed $pcae --decoder-depth 4
+done
