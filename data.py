@@ -61,6 +61,8 @@ def fill_in(args: argparse.Namespace) -> None:
     for name, value in (dict(workers=min(8, max(1, cores))) | SETS.get(args.data, FOLDER)).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
+    if "min_crop" in args and not 0 < args.min_crop <= 1:
+        raise SystemExit(f"error: --min-crop must be more than 0 and at most 1, got {args.min_crop:g}")
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------

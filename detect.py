@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
         "ours, a public MAE, DINO, DeiT, MoCo v3 or timm ViT, or none: from scratch")
     add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
     add("--heads", type=int, help="attention heads, where --init does not say")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth")
+    add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")
     add("--channels", type=int, default=64, help="of the pyramid and the heads")
     add("--anchor", type=int, default=16, help="pixels of the smallest anchors; each next level's are twice as large")
     add("--rois", type=int, default=32, help="regions of an image that the heads learn from in a step")

@@ -74,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
     runs.add_flags(parser, RECIPES, out="runs/finetune", files="args.json, metrics.jsonl, last.pt, best.pt")
     data_group = parser.add_argument_group("data")
     data.add_flags(data_group.add_argument)
-    data_group.add_argument("--label-fraction", type=float, default=1.0, help="use this share of each class's images")
+    data_group.add_argument("--label-fraction", type=runs.share, default=1.0, help="use this share of each class")
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
@@ -83,7 +83,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--heads", type=int, help="attention heads, where --init does not say")
     add("--pool", choices=("mean", "class"), help="what the head sees: the mean of the patch tokens, or the class "
         "token (default: mean; with --eval what the file tells)")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth")
+    add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")
     add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
     add("--patch-size", type=int, help="pixels, for --init none (default: 4 for small sets, 16 for a folder)")
     add("--channels", type=int, choices=(1, 3), help="for --init none; 3: colour, 1: grey (default: what the data are)")
@@ -104,9 +104,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
     add("--clip-grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
     add("--layer-decay", type=float, default=0.75, help="factor of the learning rate from each block to the one before")
-    add("--smoothing", type=float, default=0.1, help="label smoothing")
+    add("--smoothing", type=runs.share, default=0.1, help="label smoothing")
     add("--rand-augment", type=int, default=0, help="strength of RandAugment, 0 (none) to 10")
-    add("--erasing", type=float, default=0.0, help="probability that a rectangle of an image becomes noise")
+    add("--erasing", type=runs.share, default=0.0, help="probability that a rectangle of an image becomes noise")
     add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: none. With CutMix one of the two for each batch")
     add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: none")
     return parser

@@ -49,7 +49,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default="vit_mini", choices=MODELS, help="encoder")
     add("--patch-size", type=int, help="pixels (default: 4 for small sets, 16 for a folder; see data.SETS)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: what the data are)")
-    add("--drop-path", type=float, default=0.0, help="stochastic depth of the student")
+    add("--drop-path", type=runs.share, default=0.0, help="stochastic depth of the student")
     add("--decoder-dim", type=int, default=64, help="decoder width")
     add("--decoder-depth", type=int, default=1, help="decoder blocks")
     add("--decoder-heads", type=int, default=4, help="decoder heads")
@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
         "shown to the teacher")
     add("--drop-ratio", type=float, default=0.5, help="share of its tokens that each stage drops (pcae)")
     runs.add_ptr_flags(add)
-    add("--ema", type=float, help="momentum of the teacher at the start; rises to 1 (pcae; default: 1 - 30 / steps)")
+    add("--ema", type=runs.share, help="first momentum of the teacher, rises to 1 (pcae; default: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")

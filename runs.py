@@ -38,6 +38,13 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
+def share(text: str) -> float:
+    """A flag's number between 0 and 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str, files: str) -> None:
     """The flags about a run as such. `out` is its folder, `files` what it holds."""
     add = parser.add_argument_group("run").add_argument
@@ -129,8 +136,11 @@ def prepare_folder(args: argparse.Namespace) -> None:
             number += 1
         out.rename(aside)
         print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+    except OSError as error:
+        raise SystemExit(f"error: --out {out} cannot be written ({error})") from None
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -145,6 +155,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors as the file's name says: .safetensors (by that package), .pt, .pth or .bin (by torch)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         try:
             from safetensors.torch import save_file
@@ -170,9 +181,13 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ours or a public one, to the CPU, without running anything a pickle may hold."""
     try:
         if str(path).endswith(".safetensors"):
+            from safetensors import SafetensorError
             from safetensors.torch import load_file
 
-            return load_file(path)
+            try:
+                return load_file(path)
+            except SafetensorError as error:
+                raise ValueError(error) from None
         with torch.serialization.safe_globals([argparse.Namespace]):  # public files hold their settings in one
             content = torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:

@@ -180,9 +180,9 @@ def test_what_no_flag_gives_is_filled_in(monkeypatch, name):
     args = flags(data=name, **dict.fromkeys(expected))
     data.fill_in(args)
     assert {key: getattr(args, key) for key in expected} == expected and args.image_size[0] % args.patch_size == 0
-    given = argparse.Namespace(data=name, image_size=[7], workers=3, min_crop=0.0)
+    given = argparse.Namespace(data=name, image_size=[7], workers=3, min_crop=0.1)
     data.fill_in(given)
-    assert vars(given) == dict(data=name, image_size=[7], workers=3, min_crop=0.0), "flags win, and no other appears"
+    assert vars(given) == dict(data=name, image_size=[7], workers=3, min_crop=0.1), "flags win, and no other appears"
 
 
 # --- views and loaders ------------------------------------------------------------------------------------------------

@@ -235,8 +235,8 @@ def test_an_exported_classifier_gives_the_same_logits(tmp_path, folder, finished
     if probe:
         path = tmp_path / "best.pt"
         train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, linear_probe=True))
-    finetune.main(flags(init=path, export=tmp_path / "timm.pt"))
-    exported = logits_of(tmp_path / "timm.pt", images, pool="mean")  # which the file of a probe cannot tell
+    finetune.main(flags(init=path, export=tmp_path / "new/timm.pt"))
+    exported = logits_of(tmp_path / "new/timm.pt", images, pool="mean")  # which the file of a probe cannot tell
     torch.testing.assert_close(exported, logits_of(path, images))
 
 

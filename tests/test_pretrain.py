@@ -209,6 +209,7 @@ MISTAKES = [
     ("stages", dict(drop_stages=5)), ("blocks", dict(drop_blocks=4)), ("image.size", dict(image_size=18)),
     ("decoder", dict(decoder_dim=18)), ("nowhere", dict(data="nowhere")), ("--batch-size", dict(batch_size=65)),
     ("--micro-batch", dict(micro_batch=5)), ("--device", dict(device="toaster")), ("--epochs", dict(epochs=0)),
+    ("--min-crop", dict(min_crop=0)),
 ]  # fmt: skip
 
 
@@ -217,6 +218,13 @@ def test_mistakes(tmp_path, named, changes):
     with pytest.raises(SystemExit, match=named):
         pretrained(tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists(), "found out before anything is written"
+
+
+@pytest.mark.parametrize("name", ["ema", "drop_path"])
+def test_shares_lie_between_0_and_1(tmp_path, name, capsys):
+    with pytest.raises(SystemExit):
+        pretrained(tmp_path / "run", **{name: 1.5})
+    assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
 
 
 # --- the scripts together ---------------------------------------------------------------------------------------------

@@ -132,6 +132,9 @@ def test_a_suffix_promises_a_format(tmp_path):
         runs.save_weights(tmp_path / "a.npz", weights())
     safetensors = pytest.importorskip("safetensors.torch")
     runs.save_weights(tmp_path / "a.safetensors", weights())
+    (tmp_path / "b.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-9])
+    with pytest.raises(SystemExit, match="b.safetensors"):
+        runs.load(tmp_path / "b.safetensors")
     for read in (safetensors.load_file, runs.load):
         assert torch.equal(read(tmp_path / "a.safetensors")["cls_token"], weights()["cls_token"])
 

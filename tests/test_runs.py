@@ -98,6 +98,12 @@ def test_a_run_folder(run):
     assert [runs.load(run.with_name(name) / "last.pt")["config"]["seed"] for name in ("run-2", "run")] == [1, 2]
 
 
+def test_a_file_where_the_folder_should_be(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="--out"):
+        runs.prepare_folder(argparse.Namespace(**parse("--out", tmp_path / "file")))
+
+
 def test_a_failed_write_leaves_the_old_file(run):
     before = (run / "last.pt").read_bytes()
     with pytest.raises((AttributeError, pickle.PicklingError)):
