@@ -48,7 +48,8 @@ def test_boxes_lie_inside_and_have_the_shares_and_shapes_asked_for(height, width
     boxes = draw_boxes(torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)), height, width, 0.3)
     left, top, wide, high = boxes.unbind(1)
     assert boxes.equal(boxes.round()) and min(left.min(), top.min()) == 0 and min(wide.min(), high.min()) > 0
-    assert (left + wide).max() == width and (top + high).max() == height
+    for start, side, length in ((left, wide, width), (top, high, height)):
+        assert (start + side).max() == length and (start + side)[side < length].tolist().count(length) > 0
     if height < 2 * width:  # else what is 3:4 has not the share
         assert boxes[:, 0].unique().numel() > 3 and boxes[:, 1].unique().numel() > 3
         quantiles = (wide * high / (height * width)).quantile(torch.tensor([0.0, 0.25, 0.5, 0.75]))
@@ -79,6 +80,12 @@ def test_a_batch_of_views_equals_single_ones_and_depends_on_seed_epoch_and_index
     for views_of in (other, [whole_again.get(index) for index in whole]):
         same = [torch.equal(a, b) for a, b in zip(whole.values(), views_of, strict=True) if b is not None]
         assert all(same) if min_crop == 1 else not any(same)
+
+
+def test_half_of_the_crops_are_mirrored():
+    ramp = InMemory((8 * torch.arange(32)).byte().expand(400, 3, 32, 32), [0] * 400, [])
+    batch = BatchViews(ramp, (16, 16), 0.5).__getitems__([(0, i) for i in range(400)])[0].int()
+    assert 150 < (batch[:, 0, 0, 0] > batch[:, 0, 0, -1]).sum() < 250
 
 
 @pytest.mark.parametrize("size, margin", [((16, 16), 8 / 7), ((24, 20), 1.0)])
