@@ -33,7 +33,7 @@ if [ "${2:-}" = tune ]; then
 fi
 
 # Questions 1 to 7. What question 0 chose: for PCAE the defaults, a momentum of .99
-pcae="" mae="--method mae --epochs 9 --knn-every 9 --blr 16e-3" simmim="--method simmim --epochs 4 --knn-every 4"
+pcae="" mae="--method mae --epochs 9 --knn-every 9 --blr 16e-3" simmim="--method simmim --epochs 4 --knn-every 4 --blr 16e-3"
 for seed in 0 1 2; do
     pretrain pcae $seed $pcae
     pretrain mae $seed $mae
