@@ -394,8 +394,8 @@ def main(argv: list[str] | None = None) -> None:
     # 8. Say how it went
     if world.is_main:
         print(f"next, AP against speed: python detect.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3")
-    training.end_world()
 
 
 if __name__ == "__main__":
     main()
+    training.end_world()

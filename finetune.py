@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
     training.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
         if args.export:
-            return export(args)
+            return export(args) if world.is_main else None
         if args.eval:
             return evaluate(args, checkpoint, world)
         encoder = build_encoder(args, checkpoint, world.is_main)
@@ -395,8 +395,8 @@ def main(argv: list[str] | None = None) -> None:
         last, best = history[-1]["top1"], max(row["top1"] for row in history)
         print(f"top-1 {last:.1%} of {len(val):,} validation images, best {best:.1%}; next, accuracy against speed:")
         print(f"  python finetune.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
-    training.end_world()
 
 
 if __name__ == "__main__":
     main()
+    training.end_world()

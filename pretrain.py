@@ -266,8 +266,8 @@ def main(argv: list[str] | None = None) -> None:
     # 7. Say how it went
     if world.is_main:
         print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt")
-    training.end_world()
 
 
 if __name__ == "__main__":
     main()
+    training.end_world()
