@@ -82,7 +82,8 @@ text(555, 450, "drop .4 at two stages: 9.5 of 17.6 GMACs,", "")
 text(555, 472, "the class token is never dropped", "")
 
 text(20, 532, "c  PTR: progressive token reduction, after blocks 0, 4 and 8", "b")
-text(20, 562, "redundancy = cosine similarity of a token to its image's mean token; half of the tokens go on", "")
+words = "redundancy of a token = mean cosine similarity to all that are left; the least redundant half goes on"
+text(20, 562, words, "")
 
 height = 582
 head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 {height}" width="920" height="{height}" role="img">'
