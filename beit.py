@@ -73,9 +73,10 @@ class BEiT(ViT):
         num_prefix = x.shape[1] - patch_ids.shape[1]
         index, tapped = relative_index(grid, x.device), {}
         for i, block in enumerate(self.blocks):
-            tokens = F.pad(patch_ids + 1, (num_prefix, 0))  # (B, [1 +] n); the class token is number 0
+            alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # an expanded row: all images show the same
+            tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, [1 +] n); the class token is number 0
             table = resize_table(block.attn.relative_position_bias_table, self.grid, grid)
-            bias = table[index[tokens[:, :, None], tokens[:, None, :]]]  # (B, [1 +] n, [1 +] n, heads)
+            bias = table[index[tokens[:, :, None], tokens[:, None, :]]]  # (B or 1, [1 +] n, [1 +] n, heads)
             x = block(x, rearrange(bias, "b q k h -> b h q k"))
             if i in taps:
                 tapped[i] = x, patch_ids

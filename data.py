@@ -27,7 +27,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Data sets by name, with what they set where no flag does: all lie in memory. Any other name is a folder.
-SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5, workers=0)
+SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5)
 SETS = {
     "shapes": SMALL | dict(min_crop=1.0),  # random enough uncropped
     "mnist": SMALL | dict(image_size=[28], channels=1, min_crop=1.0),  # crops are mirrored, too, which digits are not
@@ -52,7 +52,8 @@ def add_flags(add: Callable[..., Any]) -> None:
         f"(default: {sizes})")
     add("--min-crop", type=float, help="smallest share of an image that a random crop keeps; 1: whole images (default: "
         + ", ".join(f"{name}: {some['min_crop']:g}" for name, some in named.items()) + ")")
-    add("--workers", type=int, help="processes that read the files of a folder (default: up to 8)")
+    add("--workers", type=int, help="processes that read files or augment; crops of a named set need none (default: up "
+        "to 8)")
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -241,9 +242,10 @@ class Views(Dataset):
 
 
 class BatchViews(Dataset):
-    """Views of images that lie in memory, of a whole batch at once and on `device`: else like `pretraining_view`.
+    """Views of images that lie in memory, of a whole batch at once and on `device`.
 
-    A table of uniform numbers, with a row for each image and anew for each epoch, says what is cropped and mirrored.
+    As `pretraining_view`, but bilinear. A table of uniform numbers, with a row for each image and anew for each epoch,
+    says what is cropped and mirrored.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
-        "ours, a public MAE, DINO, DeiT, MoCo v3 or timm ViT, or none: from scratch")
+        "ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT, or none: from scratch")
     add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
     add("--heads", type=int, help="attention heads, where --init does not say")
     add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")

@@ -148,12 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
         raise SystemExit(f"error: --batch-size {args.batch_size} is more than the {len(images)} images of --data")
+    if args.ema is None:
+        args.ema = training.start_momentum(args.epochs * steps_per_epoch)
     if args.dry_run:
         steps_per_epoch = min(2, steps_per_epoch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     peak_lr = args.blr * args.batch_size / 256
-    if args.ema is None:
-        args.ema = training.start_momentum(total_steps)
 
     # 4. Start, or go on from where the checkpoint was written
     step, first_epoch, history = 0, 0, []

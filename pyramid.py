@@ -61,7 +61,8 @@ class ViTPyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels, self.learned_positions = encoder, channels, learned_positions
         encoder.norm = nn.Identity()
-        encoder.pos_embed.requires_grad_(learned_positions)
+        if not isinstance(encoder, BEiT):  # whose zeros are no parameter
+            encoder.pos_embed.requires_grad_(learned_positions)
         depth = len(encoder.blocks)
         self.taps = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
         self.patch_size = encoder.arguments["patch_size"]

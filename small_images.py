@@ -45,15 +45,18 @@ def torchvision_set(name: str, split: str, root: str, download: bool) -> InMemor
             return InMemory(torch.from_numpy(images.data), images.labels.tolist(), images.classes)
         images = (CIFAR10 if name == "cifar10" else CIFAR100)(root, train=split == "train", download=download)
         return InMemory(torch.from_numpy(images.data).movedim(3, 1).contiguous(), images.targets, images.classes)
-    except (RuntimeError, OSError, EOFError, zlib.error) as error:
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, zlib.error) as error:
         raise SystemExit(f"error: --data {name}: not whole in --data-root {root}; --download? ({error})") from None
 
 
 def read_mnist(kind: type[MNIST], split: str, root: str, download: bool) -> InMemory:
-    """MNIST or a set of its format: the original files, packed or not, in `root` or where torchvision puts them."""
+    """MNIST or a set of its format: the original files, packed or not, where torchvision puts them or in `root`.
+
+    All such sets name their files alike: what lies in `root` is taken for the set that is asked for.
+    """
     if download:
         kind(root, download=True)
-    folders = Path(root), Path(root, kind.__name__, "raw")
+    folders = Path(root, kind.__name__, "raw"), Path(root)
 
     def read(name: str) -> Tensor:
         """uint8, of as many axes as the fourth byte says; their lengths follow as 32-bit numbers."""
@@ -77,10 +80,11 @@ def read_mnist(kind: type[MNIST], split: str, root: str, download: bool) -> InMe
 def draw_boxes(draws: Tensor, height: int, width: int, min_share: float) -> Tensor:
     """Rectangles (B, 4) left, top, width, height, in whole pixels, by numbers (B, 4), uniform in [0, 1).
 
-    Their share of the area is uniform from `min_share` to 1, their shape between 3:4 and 4:3 as far as it fits.
+    Their share of the area is uniform from `min_share` to 1, their shape between 3:4 and 4:3 as far as it fits. (Of
+    images that are much longer than wide, or wider than long, a large share has no such shape: it is cut.)
     """
     share = min_share + (1 - min_share) * draws[:, 0]
-    low = (share * width / height).clamp(min=3 / 4).log()  # of width to height: here the width, below the height fits
+    low = (share * width / height).clamp(min=3 / 4).log()  # of width to height: below it the height would not fit
     high = (width / height / share).clamp(max=4 / 3).log()
     aspect = torch.lerp(low, high, draws[:, 1]).exp()
     area = share * height * width

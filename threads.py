@@ -3,7 +3,7 @@
 torch's threads meet after every operation. On Linux the first to arrive spins until the last one does, so where another
 program holds a core, all wait for its slice of time: of 2,200 images a second of the default model 600 were left on two
 cores of which one was busy, and 19 beside two other trainings. Giving the core away after a few microseconds leaves 960
-of them busy and 980 beside two trainings, and idle costs vit_mini a fifth, larger models nothing (docs/speed.md). The
+of them busy and 980 beside two trainings, and idle costs vit_mini a quarter, larger models nothing (docs/speed.md). The
 results are the same bits.
 """
 

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,9 @@ class World:
         """Where it runs, in words."""
         text = f"{self.size} process(es) on {self.device.type}"
         if self.device.type == "cpu":
-            spins = os.environ.get("GOMP_SPINCOUNT", "")
-            text += f", each with {torch.get_num_threads()} thread(s); GOMP_SPINCOUNT={spins}"
+            text += f", each with {torch.get_num_threads()} thread(s)"
+            if sys.platform == "linux" and "GOMP_SPINCOUNT" in os.environ:
+                text += f", which wait for {os.environ['GOMP_SPINCOUNT']} turns before they sleep (GOMP_SPINCOUNT)"
         return text
 
 

@@ -64,10 +64,12 @@ def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     shared = folded.pop(f"rel_pos_bias.{TABLE}", None)
     for block in [found[1] for name in tensors if (found := re.fullmatch(r"(blocks\.\d+\.)norm1\.weight", name))]:
         for layer, names in (("attn.proj", ("gamma_1", "ls1.gamma")), ("mlp.fc2", ("gamma_2", "ls2.gamma"))):
-            for gamma in [folded.pop(block + name) for name in names if block + name in folded]:
-                folded[f"{block}{layer}.weight"] = folded[f"{block}{layer}.weight"] * gamma[:, None]
-                folded[f"{block}{layer}.bias"] = folded[f"{block}{layer}.bias"] * gamma
-        if block + "attn.q_bias" in folded:
+            weight, bias = f"{block}{layer}.weight", f"{block}{layer}.bias"
+            for name in names:
+                if {block + name, weight, bias} <= folded.keys():  # else no such ViT: the name stays, and is refused
+                    gamma = folded.pop(block + name)
+                    folded |= {weight: folded[weight] * gamma[:, None], bias: folded[bias] * gamma}
+        if {block + "attn.q_bias", block + "attn.v_bias"} <= folded.keys():
             q, v = folded.pop(block + "attn.q_bias"), folded.pop(block + "attn.v_bias")
             folded[block + "attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
         if shared is not None:
@@ -242,7 +244,7 @@ def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
     Raises ValueError for BEiT, which timm's ViT is not.
     """
     if isinstance(model.encoder if isinstance(model, Classifier) else model, BEiT):
-        raise ValueError("a BEiT has relative positions, and timm's own names and biases: it is not exported")
+        raise ValueError("timm's plain ViT has no relative positions, so a BEiT is not exported")
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
     if isinstance(model, Classifier) and model.frozen:
         mean, std = model.fc_norm.running_mean, (model.fc_norm.running_var + model.fc_norm.eps).sqrt()

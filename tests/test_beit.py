@@ -223,6 +223,7 @@ def test_a_pyramid_sees_images_of_any_size():
     tapped = pyramid.tapped_tokens(images_of(grid), grid, PTR())
     tensors = {name: resize_table(t, GRID, grid) if name.endswith(TABLE) else t for name, t in file_of("block").items()}
     plain = {name: t for name, t in tensors.items() if not name.startswith("norm.")}
+    assert not encoder.pos_embed.requires_grad
     close(tapped[-1], reference(plain, images_of(grid), grid=grid)[:, 1:])
 
 

@@ -11,7 +11,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 import data
+import finetune
+import visualize
 from data import BatchViews, CenterView
+from helpers import flags, train
 from small_images import InMemory, draw_boxes, resized_crops, torchvision_set
 from training import World
 
@@ -115,23 +118,54 @@ def write_idx(path, array, pack):
     path.write_bytes(gzip.compress(content) if pack else content)
 
 
+def write_mnist(folder, pack, train=6, test=3, size=28, seed=0):
+    """The four files, in which a label is an image's number modulo 10."""
+    suffix = ".gz" if pack else ""
+    for part, count in (("train", train), ("t10k", test)):
+        write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", noise(count, size, size, seed=seed + count), pack)
+        write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", (torch.arange(count) % 10).byte(), pack)
+
+
 @pytest.mark.parametrize("name, place, pack", [
     ("fashionmnist", ".", True), ("fashionmnist", "FashionMNIST/raw", True), ("mnist", "MNIST/raw", False),
 ])  # fmt: skip
 def test_mnist_is_read_from_its_four_files(tmp_path, name, place, pack):
-    suffix = ".gz" if pack else ""
-    for part, count in (("train", 6), ("t10k", 3)):
-        images, labels = noise(count, 28, 28, seed=count), torch.arange(count).byte()
-        write_idx(tmp_path / place / f"{part}-images-idx3-ubyte{suffix}", images, pack)
-        write_idx(tmp_path / place / f"{part}-labels-idx1-ubyte{suffix}", labels, pack)
-        found = torchvision_set(name, "train" if part == "train" else "test", str(tmp_path), download=False)
-        assert torch.equal(found.images[:, 0], images) and found.targets == labels.tolist() and len(found.classes) == 10
+    write_mnist(tmp_path / place, pack)
+    for split, count in (("train", 6), ("test", 3)):
+        found, images = torchvision_set(name, split, str(tmp_path), download=False), noise(count, 28, 28, seed=count)
+        assert torch.equal(found.images[:, 0], images) and found.targets == list(range(count))
+        assert len(found.classes) == 10
         image, label = found[2]
         assert torch.equal(image, images[2].expand(3, -1, -1)) and label == 2
-    cut = tmp_path / place / f"train-images-idx3-ubyte{suffix}"
-    cut.write_bytes(cut.read_bytes()[:900])
-    with pytest.raises(SystemExit, match="--data-root"):
-        torchvision_set(name, "train", str(tmp_path), download=False)
+    cut = next((tmp_path / place).glob("train-images*"))
+    for length in (900, 0):
+        cut.write_bytes(cut.read_bytes()[:length])
+        with pytest.raises(SystemExit, match="--data-root"):
+            torchvision_set(name, "train", str(tmp_path), download=False)
+
+
+def test_sets_whose_files_have_the_same_names_are_told_apart(tmp_path):
+    for seed, place in enumerate((".", "MNIST/raw", "FashionMNIST/raw")):
+        write_mnist(tmp_path / place, pack=True, seed=seed)
+    for seed, name in ((1, "mnist"), (2, "fashionmnist")):
+        found = torchvision_set(name, "train", str(tmp_path), download=False)
+        assert torch.equal(found.images[:, 0], noise(6, 28, 28, seed=seed + 6))
+
+
+def test_a_grey_set_goes_through_all_scripts(tmp_path, capsys):
+    """From crops a batch at once to a fine-tuned classifier with RandAugment, a probe, scores and a picture."""
+    write_mnist(tmp_path, pack=True, train=64, test=20)
+    common = dict(data="fashionmnist", data_root=tmp_path, device="cpu", batch_size=16, epochs=1)
+    checkpoint = train("pretrain", tmp_path / "a", **common, workers=0, knn_every=1)
+    assert checkpoint["config"]["channels"] == checkpoint["encoder"]["channels"] == 1 and checkpoint["step"] == 4
+    assert 0 <= checkpoint["history"][-1]["knn"] <= 1
+    init = dict(init=tmp_path / "a/last.pt")
+    for name, changes in (("b", dict(rand_augment=5, workers=0)), ("c", dict(linear_probe=True)), ("d", {})):
+        assert train("finetune", tmp_path / name, **common, **init, **changes)["encoder"]["channels"] == 1
+    finetune.main(flags(eval=tmp_path / "d/last.pt", drop_ratio=[0, 0.3], device="cpu"))
+    finetune.main(flags(knn=True, **init, **{key: common[key] for key in ("data", "data_root", "device")}))
+    visualize.main(flags(checkpoint=tmp_path / "d/last.pt", limit=2, out=tmp_path / "picture.png", device="cpu"))
+    assert "20 of them scored" in capsys.readouterr().out and (tmp_path / "picture.png").exists()
 
 
 def test_cifar_and_stl(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""docs/walkthrough.md runs, and prints what stands below each snippet."""
+"""docs/walkthrough.md runs, and prints what stands below each snippet; no page has a dead link."""
 
 import contextlib
 import io
@@ -17,3 +17,11 @@ def test_every_snippet_prints_what_stands_below_it(monkeypatch):
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             exec(code, names)
         assert printed.getvalue() == expected, code
+
+
+def test_links_lead_somewhere():
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    for page in pages:
+        words = re.sub(r"```.*?```|`[^`]*`(?!\])", "", page.read_text(), flags=re.DOTALL)  # without code
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", words):
+            assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"

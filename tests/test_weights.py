@@ -201,7 +201,10 @@ REFUSED = {
     "a table of another grid": without(vit_weights(), "pos_embed") | {f"rel_pos_bias.{TABLE}": torch.ones(51, HEADS)},
     "other relative positions": vit_weights() | {"blocks.0.attn.rel_pos_h": torch.ones(7, 64)},
     "rotary positions": vit_weights() | {"rope.freqs_cos": torch.ones(16, 64)},
-    "SwiGLU": vit_weights() | {"blocks.0.mlp.w3.weight": torch.ones(192, 768)},
+    "LayerScale and SwiGLU": {name.replace("mlp.fc", "mlp.w"): tensor for name, tensor in vit_weights().items()}
+    | {"blocks.0.ls2.gamma": torch.ones(192)},
+    "a third layer": vit_weights() | {"blocks.0.mlp.w3.weight": torch.ones(192, 768)},
+    "a bias of queries alone": vit_weights() | {"blocks.0.attn.q_bias": torch.ones(192)},
     "register tokens": vit_weights() | {"reg_token": torch.ones(1)},
     "a distillation token": vit_weights() | {"dist_token": torch.ones(1)},
     "a stem": vit_weights() | {"patch_embed.backbone.stem.weight": torch.ones(1)},

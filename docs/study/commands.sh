@@ -4,6 +4,7 @@
 set -euo pipefail
 data="--data fashionmnist --data-root $1" unit="--limit 20000 --epochs 10 --knn-every 10" one="OMP_NUM_THREADS=1"
 out=runs/study
+mkdir -p $out
 
 pretrain() { # name, seed, flags
     local run=$out/$1-$2
@@ -14,8 +15,8 @@ pretrain() { # name, seed, flags
 finetune() { # name of the pre-training, seed, name, flags
     local run=$out/$1-$2 init="--init $out/$1-$2/last.pt"
     [ "$1" != scratch ] || init="--init none --layer-decay 1"
-    [ -f "$run-$3/best.pt" ] || echo "$one python finetune.py $data $init --seed $2 --out $run-$3 ${*:4} \
-> $run-$3.log 2>&1"
+    [ -f "$run-$3/done" ] || echo "$one python finetune.py $data $init --seed $2 --out $run-$3 ${*:4} \
+> $run-$3.log 2>&1 && touch $run-$3/done"
 }
 
 # Question 0, by metrics.jsonl alone
@@ -26,8 +27,9 @@ if [ "${2:-}" = tune ]; then
         for blr in 4e-3 8e-3 16e-3; do echo mae-blr$blr $seed --method mae --epochs 9 --knn-every 9 --blr $blr; done
         for blr in 4e-3 8e-3 16e-3; do echo simmim-blr$blr $seed --method simmim --epochs 4 --knn-every 4 --blr $blr; done
     done | while read -r name seed flags; do
-        [ -d "$out/tune/$name-$seed" ] || echo "$one python pretrain.py $data $unit $flags --seed $seed \
---out $out/tune/$name-$seed > /dev/null 2>&1"
+        run=$out/tune/$name-$seed
+        [ -f "$run/done" ] || echo "$one python pretrain.py $data $unit $flags --seed $seed --out $run > /dev/null 2>&1 \
+&& touch $run/done"
     done
     exit
 fi

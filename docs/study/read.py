@@ -17,7 +17,8 @@ def scores(run: Path) -> dict[str, float]:
         found |= dict(zip(("neighbours", "ridge"), map(float, percents), strict=True))
     for log in run.parent.glob(f"{run.name}-*/metrics.jsonl"):
         last = json.loads(log.read_text().splitlines()[-1])
-        found[log.parent.name.removeprefix(f"{run.name}-")] = 100 * last["top1"]
+        if "top1" in last:  # else a pre-training that was moved aside
+            found[log.parent.name.removeprefix(f"{run.name}-")] = 100 * last["top1"]
     return found
 
 
