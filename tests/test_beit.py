@@ -16,7 +16,7 @@ from helpers import train
 from model import PCAE, Classifier
 from ptr import PTR
 from pyramid import ViTPyramid
-from weights import load_classifier, load_encoder, timm_weights
+from weights import load_classifier, load_encoder, timm_call, timm_weights
 
 PATCH, GRID, DIM, HEADS, DEPTH = 4, (4, 4), 48, 3, 3
 TABLE, INDEX = "relative_position_bias_table", "relative_position_index"
@@ -162,6 +162,26 @@ def test_classifiers(kind, last):
     )  # fmt: skip
     logits = F.linear(x, HEAD["head.weight"], HEAD["head.bias"])
     close(load_classifier(dict(model=tensors | HEAD), heads=HEADS, log=quiet).eval()(images), logits)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@torch.no_grad()
+def test_timms_beit_computes_the_same(shared):
+    timm = pytest.importorskip("timm")
+    sizes = dict(img_size=16, patch_size=PATCH, embed_dim=DIM, depth=DEPTH, num_heads=HEADS, num_classes=7)
+    biases = dict(use_rel_pos_bias=not shared, use_shared_rel_pos_bias=shared, init_values=0.1)
+    theirs = timm.create_model("beit_base_patch16_224", **sizes, **biases).eval()
+    for parameter in theirs.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    close(load_classifier(theirs.state_dict(), log=quiet).eval()(images_of()), theirs(images_of()))
+
+
+@torch.no_grad()
+def test_cae_loads_into_timms_vit():
+    timm, encoder = pytest.importorskip("timm"), load_encoder(file_of("absolute"), heads=HEADS, log=quiet).eval()
+    theirs = eval(timm_call(encoder), {"timm": timm}).eval()
+    theirs.load_state_dict(timm_weights(encoder), strict=True)
+    close(theirs.forward_features(images_of()), reference(file_of("absolute"), images_of()))
 
 
 @torch.no_grad()
