@@ -164,7 +164,9 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
         macs = scores.count_macs(model, torch.zeros(1, *shape), backward=True)
         first = first or (step, macs)
         images_per_second, cells = timed(args, [first[0], step], [first[1], macs], poster)
-        cells += f" | {300 * IMAGENET / images_per_second / 86_400:#.3g} | {poster_days}"
+        days = 300 * IMAGENET / images_per_second / 86_400
+        cells += f" | {days:,.0f}" if days >= 100 else f" | {days:.3g}"
+        cells += f" | {poster_days}"
         with training.autocast(args.device, args.precision):  # what a second image adds: no weights. Not compiled
             one, two = (kept_for_backward(model, torch.randn(n, *shape, device=args.device)) for n in (1, 2))
         peak = ""
