@@ -1,6 +1,6 @@
 """Pre-train a vision transformer with PCAE (panel a of the poster), or with MAE or SimMIM to compare.
 
-    python pretrain.py                                              built-in data, any laptop, three minutes
+    python pretrain.py                                              built-in data, any laptop, two minutes
     python pretrain.py --data FOLDER                                your images
     torchrun --nproc-per-node 8 pretrain.py --data FOLDER --recipe imagenet        the paper's run
     python pretrain.py --method mae --out runs/mae                  MAE in its place; or simmim
