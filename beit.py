@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import NO_PTR, Encoded, ViT
-from ptr import PTR, drop_tokens
+from model import NO_PTR, Block, Encoded, ViT
+from ptr import PTR
 
 
 def num_distances(grid: tuple[int, int]) -> int:
@@ -71,19 +71,16 @@ class BEiT(ViT):
         """
         grid = grid or self.grid
         num_prefix = x.shape[1] - patch_ids.shape[1]
-        index, tapped = relative_index(grid, x.device), {}
-        for i, block in enumerate(self.blocks):
+        index = relative_index(grid, x.device)
+
+        def bias(block: Block, patch_ids: Tensor) -> Tensor:
+            """(B or 1, heads, [1 +] n, [1 +] n), of the patches that are left."""
             alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # an expanded row: all images show the same
             tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, [1 +] n); the class token is number 0
             table = resize_table(block.attn.relative_position_bias_table, self.grid, grid)
-            bias = table[index[tokens[:, :, None], tokens[:, None, :]]]  # (B or 1, [1 +] n, [1 +] n, heads)
-            x = block(x, rearrange(bias, "b q k h -> b h q k"))
-            if i in taps:
-                tapped[i] = x, patch_ids
-            if i in ptr.blocks:
-                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix, ptr.criterion)
-                patch_ids = patch_ids.gather(1, kept)
-        return Encoded(self.norm(x), patch_ids, tapped)
+            return rearrange(table[index[tokens[:, :, None], tokens[:, None, :]]], "b q k h -> b h q k")
+
+        return super().encode(x, patch_ids, ptr, taps, bias)
 
 
 def build_encoder(arguments: dict[str, Any], drop_path: float = 0.0) -> ViT:

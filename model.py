@@ -7,7 +7,7 @@ n tokens of a sequence, D width. Encoder parameters carry timm's names, so publi
 
 import copy
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -206,12 +206,15 @@ class ViT(nn.Module):
             patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         return self.encode(self.embed(images, patch_ids, class_token), patch_ids, ptr, taps)
 
-    def encode(self, x: Tensor, patch_ids: Tensor, ptr: PTR = NO_PTR, taps: Collection[int] = ()) -> Encoded:
-        """The blocks, on embedded tokens (B, [1 +] n, D) of patches `patch_ids` (B, n)."""
+    def encode(
+        self, x: Tensor, patch_ids: Tensor, ptr: PTR = NO_PTR, taps: Collection[int] = (),
+        bias: Callable[[Block, Tensor], Tensor] | None = None,
+    ) -> Encoded:  # fmt: skip
+        """The blocks, on embedded tokens (B, [1 +] n, D) of patches `patch_ids` (B, n); `bias` is for `beit.py`."""
         num_prefix = x.shape[1] - patch_ids.shape[1]
         tapped = {}
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = block(x, bias and bias(block, patch_ids))
             if i in taps:
                 tapped[i] = x, patch_ids
             if i in ptr.blocks:

@@ -93,10 +93,19 @@ def linear_accuracy(
 
     A linear probe without a learning rate to tune: W = (X'X + ridge I)^-1 X'Y, with a column of ones for the bias.
     """
-    bank, queries = (F.pad(x.cpu().double(), (0, 1), value=1.0) for x in standardise(bank, queries))
-    targets = F.one_hot(bank_labels.cpu()).double()
-    weights = torch.linalg.solve(bank.T @ bank + ridge * torch.eye(bank.shape[1]).double(), bank.T @ targets)
-    return ((queries @ weights).argmax(dim=1) == query_labels.cpu()).double().mean().item()
+    bank, queries = standardise(bank, queries)
+    num_classes, size = int(bank_labels.max()) + 1, bank.shape[1] + 1
+
+    def inputs(x: Tensor) -> Tensor:
+        return F.pad(x.cpu().double(), (0, 1), value=1.0)
+
+    gram, moments = ridge * torch.eye(size).double(), torch.zeros(size, num_classes).double()
+    for some, labels in zip(bank.split(10_000), bank_labels.split(10_000), strict=True):  # ImageNet as doubles: 20 GB
+        x = inputs(some)
+        gram += x.T @ x
+        moments += x.T @ F.one_hot(labels.cpu(), num_classes).double()
+    weights = torch.linalg.solve(gram, moments)
+    return ((inputs(queries) @ weights).argmax(dim=1) == query_labels.cpu()).double().mean().item()
 
 
 # --- cost -------------------------------------------------------------------------------------------------------------

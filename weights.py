@@ -164,9 +164,10 @@ def load_encoder(
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
     if old_grid != encoder.grid:
         log(f"positions resized from {' x '.join(map(str, old_grid))} to {' x '.join(map(str, encoder.grid))} patches")
-        for name, resize in (("pos_embed", resize_positions), (TABLE, resize_table)):
-            found = {key: tensor for key, tensor in tensors.items() if key.endswith(name)}
-            tensors |= {key: resize(tensor.float(), old_grid, encoder.grid) for key, tensor in found.items()}
+        for name in tensors.keys() & encoder.state_dict().keys():  # not a decoder's positions
+            if name.endswith(("pos_embed", TABLE)):
+                resize = resize_table if name.endswith(TABLE) else resize_positions
+                tensors[name] = resize(tensors[name].float(), old_grid, encoder.grid)
     take_weights(encoder, tensors, log)
     return encoder
 

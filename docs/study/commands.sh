@@ -58,7 +58,7 @@ for seed in 0 1 2; do
     pretrain decoder-4 $seed $pcae --decoder-depth 4
 done
 
-# 1 % of the labels: 750 steps. The rate was chosen among three on one pre-training; of scratch's two the better counts.
+# 1 % of the labels: 750 steps. The rate was chosen among three on one pre-training; scratch has two
 few="--label-fraction 0.01 --batch-size 8 --epochs 10"
 for seed in 0 1 2; do
     for name in pcae mae simmim frozen; do finetune $name $seed one-percent $few --blr 64e-3; done
