@@ -295,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     head = f"{args.model}/{args.patch_size} at {args.image_size} pixels, {args.batch_size} images a step, "
     head += f"precision {args.precision}{', compiled' * args.compile}; {on}, torch {torch.__version__}"
     tables = [section(args) for name, section in SECTIONS.items() if args.section in (name, "all")]
-    with open(args.markdown or os.devnull, "w") as file:
+    with open(args.markdown or os.devnull, "w", encoding="utf-8") as file:
         for table in ([head, LEGEND], *tables):
             for text in table:  # as soon as it is measured
                 print(text, flush=True)

@@ -40,7 +40,7 @@ class CocoDetection(Dataset):
     def __init__(self, folder: Path, annotations: Path, limit: int | None = None):
         self.folder, self.coco = folder, COCO()
         try:
-            self.coco.dataset = tidy(json.loads(annotations.read_text()))
+            self.coco.dataset = tidy(json.loads(annotations.read_text(encoding="utf-8")))
             with contextlib.redirect_stdout(io.StringIO()):  # it is talkative
                 self.coco.createIndex()
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -98,6 +98,10 @@ def tidy(content: dict[str, Any]) -> dict[str, Any]:
     kept = [a for a in listed if a["category_id"] in categories and is_usable(a, images[a["image_id"]])]
     if len(kept) < len(listed):
         print(f"left out {len(listed) - len(kept)} of {len(listed)} objects without a usable box, mask or category")
+    for name, known in (("image_id", images), ("category_id", categories)):
+        strangers = [a[name] for a in content["annotations"] if a[name] not in known]
+        if 2 * len(strangers) > len(content["annotations"]):
+            raise ValueError(f"most objects have an unlisted {name}, such as {strangers[0]!r}: text or a number?")
     if 2 * len(kept) <= len(listed):
         raise ValueError("hardly any object has a box and a mask (segmentation)")
     check_units(kept)
@@ -176,7 +180,8 @@ def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = No
             for split, length in lengths.items():
                 (whole / f"{split}2017").mkdir()
                 content = write_split(whole / f"{split}2017", split, length, image_size)
-                (whole / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+                with open(whole / "annotations" / f"instances_{split}2017.json", "w", encoding="utf-8") as file:
+                    json.dump(content, file)
             with contextlib.suppress(OSError):  # another process was faster
                 whole.rename(folder)
     return folder
@@ -288,10 +293,11 @@ class DetectionViews(Views):
     collate = staticmethod(pack)
 
     def __init__(
-        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0
-    ):
+        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0,
+        flip: bool = True,
+    ):  # fmt: skip
         super().__init__(images, None, channels, seed, replace=augment)
-        self.augment, self.crop_share = augment, crop_share
+        self.augment, self.crop_share, self.flip = augment, crop_share, flip
 
     def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
         if target == -1:
@@ -299,7 +305,7 @@ class DetectionViews(Views):
             target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)
         if self.augment:
             do_flip, do_crop = torch.rand(2).tolist()
-            if do_flip < 0.5:
+            if do_flip < 0.5 and self.flip:
                 image, target = flip(image, target)
             if do_crop < self.crop_share:
                 image, target = random_crop(image, target)

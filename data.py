@@ -8,7 +8,7 @@ import argparse
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from image_files import ImageFiles, UnreadableImage, class_folders
+from model import IMAGENET_MEAN, IMAGENET_STD, ViT
 from shapes import Shapes
 from small_images import InMemory, draw_boxes, in_channels, resized_crops, torchvision_set
 from training import World, derive_seed, generator
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # Data sets by name, with what they set where no flag does: all lie in memory. Any other name is a folder.
 SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5)
@@ -52,14 +50,20 @@ def add_flags(add: Callable[..., Any]) -> None:
         f"(default: {sizes})")
     add("--min-crop", type=float, help="smallest share of an image that a random crop keeps; 1: whole images (default: "
         + ", ".join(f"{name}: {some['min_crop']:g}" for name, some in named.items()) + ")")
+    add_flip_flag(add)
     add("--workers", type=int, help="processes that read files or augment; crops of a named set need none (default: up "
-        "to 8)")
+        "to 8, by the CPU's cores)")
+
+
+def add_flip_flag(add: Callable[..., Any]) -> None:
+    """Mirroring, which all three scripts do."""
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images left "
+        "to right; --no-flip where left and right differ (whole images, --min-crop 1, are never mirrored)")
 
 
 def fill_in(args: argparse.Namespace) -> None:
     """Complete what depends on the data and was not given, as far as a script has it."""
-    cores = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    for name, value in (dict(workers=min(8, max(1, cores))) | SETS.get(args.data, FOLDER)).items():
+    for name, value in SETS.get(args.data, FOLDER).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
     if "min_crop" in args and not 0 < args.min_crop <= 1:
@@ -164,12 +168,12 @@ class CenterView:
         return tvf.resize(part, list(self.size), v2.InterpolationMode.BICUBIC, antialias=True)
 
 
-def pretraining_view(size: tuple[int, int], min_crop: float) -> Callable[[Tensor], Tensor]:
-    """Random crop of at least `min_crop` of the area, resized to `size`, randomly flipped; 1: the image as it is."""
+def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) -> Callable[[Tensor], Tensor]:
+    """Random crop of at least `min_crop` of the area, resized to `size`, mirrored or not; 1: the image as it is."""
     if min_crop == 1:
         return CenterView(size)
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
 
 class RandomErasing(v2.RandomErasing):
@@ -250,9 +254,9 @@ class BatchViews(Dataset):
 
     def __init__(
         self, images: InMemory, size: tuple[int, int], min_crop: float = 1.0, margin: float = 1.0, channels: int = 3,
-        seed: int = 0, device: torch.device | str = "cpu",
+        seed: int = 0, device: torch.device | str = "cpu", flip: bool = True,
     ):  # fmt: skip
-        self.images, self.size, self.min_crop, self.channels = images, size, min_crop, channels
+        self.images, self.size, self.min_crop, self.channels, self.flip = images, size, min_crop, channels, flip
         self.center, self.seed, self.device = CenterView(size, margin), seed, device
         self.labels = torch.tensor(images.targets)
         self.epoch, self.boxes, self.mirrored = None, None, None
@@ -269,7 +273,8 @@ class BatchViews(Dataset):
         else:
             if self.epoch != epoch:
                 draws = torch.rand(len(self), 5, generator=generator(self.seed, "views", epoch))
-                boxes, mirrored = draw_boxes(draws[:, :4], *images.shape[-2:], self.min_crop), draws[:, 4] < 0.5
+                boxes = draw_boxes(draws[:, :4], *images.shape[-2:], self.min_crop)
+                mirrored = draws[:, 4] < 0.5 if self.flip else torch.zeros(len(self), dtype=torch.bool)
                 self.epoch, self.boxes, self.mirrored = epoch, boxes.to(self.device), mirrored.to(self.device)
             images = resized_crops(images, self.boxes[indices], self.mirrored[indices], self.size)
         return images, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
@@ -286,17 +291,24 @@ def training_views(
 ) -> Views | BatchViews:  # fmt: skip
     """Random crops, resized to `size` (H, W) and mirrored, then `augment`ed, as the flags say."""
     if isinstance(images, InMemory) and not augment:
-        return BatchViews(images, size, args.min_crop, channels=args.channels, seed=args.seed, device=device)
-    view = v2.Compose([pretraining_view(size, args.min_crop), *(augment or [])])
+        options = dict(channels=args.channels, seed=args.seed, device=device, flip=args.flip)
+        return BatchViews(images, size, args.min_crop, **options)
+    view = v2.Compose([pretraining_view(size, args.min_crop, args.flip), *(augment or [])])
     return Views(images, view, args.channels, args.seed)
 
 
 def evaluation_views(images: Dataset, args: argparse.Namespace) -> Views | BatchViews:
-    """What features and classifiers are scored on: the centre of an image, 8/7 smaller (256 -> 224, as is usual)."""
-    size, margin = sides(args.image_size), 8 / 7
+    """What features and classifiers are scored on: the centre of an image, as MAE crops it."""
+    size = sides(args.image_size)
+    margin = evaluation_margin(size)
     if isinstance(images, InMemory):
         return BatchViews(images, size, margin=margin, channels=args.channels)
     return Views(images, CenterView(size, margin), args.channels, replace=False)
+
+
+def evaluation_margin(size: tuple[int, int]) -> float:
+    """How much longer than the crop the resized image is: 8/7 (256 -> 224), or 1 above 224 pixels, as in MAE."""
+    return 8 / 7 if max(size) <= 224 else 1.0
 
 
 def check_readable(unreadable: int, seen: int) -> None:
@@ -312,26 +324,32 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in super().__iter__())
 
 
-def training_loader(views: Views | BatchViews, batch_size: int, workers: int, world: World) -> DataLoader:
+def num_workers(views: Dataset, workers: int | None, world: World) -> int:
+    """Processes of a loader: none for a batch in memory, else `workers`, by default one per core, 8 at most."""
+    if isinstance(views, BatchViews):
+        return 0
+    return min(8, max(1, (os.cpu_count() or 1) // world.local_size)) if workers is None else workers
+
+
+def training_loader(views: Views | BatchViews, batch_size: int, workers: int | None, world: World) -> DataLoader:
     """Shuffled batches of this process; call `loader.sampler.set_epoch` before each epoch.
 
     Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
     """
     seed = derive_seed(views.seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
     sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=seed, drop_last=True)
-    in_memory = isinstance(views, BatchViews)
-    workers = 0 if in_memory else workers
+    workers = num_workers(views, workers, world)
     return DataLoader(
         views, batch_size, sampler=sampler, num_workers=workers, collate_fn=views.collate, drop_last=True,
-        pin_memory=torch.cuda.is_available() and not in_memory, persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available() and not isinstance(views, BatchViews), persistent_workers=workers > 0,
         generator=torch.Generator(),  # else it would draw from torch's own, which each step seeds
     )  # fmt: skip
 
 
-def evaluation_loader(views: Views | BatchViews, batch_size: int, workers: int, world: World) -> DataLoader:
+def evaluation_loader(views: Views | BatchViews, batch_size: int, workers: int | None, world: World) -> DataLoader:
     """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
     keys = [(0, index) for index in range(world.rank, len(views), world.size)]
-    workers = 0 if isinstance(views, BatchViews) else workers
+    workers = num_workers(views, workers, world)
     return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=views.collate)
 
 
@@ -351,12 +369,19 @@ def batches(loader: DataLoader) -> Iterator[Any]:
         ) from None
 
 
-class Normalize(nn.Module):
-    """uint8 (B, C, H, W) -> float with ImageNet's mean and deviation, on the module's device; C is 3, or 1 for grey."""
+def normalize_for(encoder: ViT) -> "Normalize":
+    """What an encoder expects to be done to pixels."""
+    return Normalize(*(encoder.arguments[name] for name in ("channels", "mean", "std")))
 
-    def __init__(self, channels: int = 3):
+
+class Normalize(nn.Module):
+    """uint8 (B, C, H, W) -> float (pixels / 255 - mean) / std, on the module's device; C is 3, or 1 for grey."""
+
+    def __init__(
+        self, channels: int = 3, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ):
         super().__init__()
-        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD]).view(2, 3, 1, 1)
+        mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
         self.register_buffer("mean", mean if channels == 3 else mean.mean(0, keepdim=True))
         self.register_buffer("std", std if channels == 3 else std.mean(0, keepdim=True))
 

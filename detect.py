@@ -30,11 +30,12 @@ import data
 import runs
 import scores
 import training
+import weights
 from coco import CocoDetection, Target
 from model import MODELS, NO_PTR, ViT
 from ptr import PTR, token_counts
 from pyramid import STRIDES, LayerNorm2d, PyramidRoIAlign, ViTPyramid, has_learned_positions
-from weights import load_encoder
+from weights import load_encoder, model_name, told
 
 # What `--recipe` sets; flags that are given win.
 RECIPES = {
@@ -67,17 +68,18 @@ def arguments() -> argparse.ArgumentParser:
         "annotations in --data-root; or a folder like that")
     add("--data-root", default="data", metavar="FOLDER", help="where coco lies and scenes are drawn")
     add("--limit", type=int, metavar="N", help="use N images to train and N to score (default: all; shapes: 400, 100)")
-    add("--workers", type=int, help="processes that load data (default: none for shapes, else up to 8)")
+    add("--workers", type=int, help="processes that load data (default: up to 8, by the CPU's cores)")
     add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help="pixels of an image's shorter side: "
         "several to draw from in training; scored at the last")
     add("--long-side", type=int, default=160, help="at most so many pixels of the longer side")
+    data.add_flip_flag(add)
     add("--crop-share", type=float, default=0.0, help="share of the training images that are cropped, as DETR does")
 
     add = parser.add_argument_group("model").add_argument
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
         "ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT, or none: from scratch")
     add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
-    add("--heads", type=int, help="attention heads, where --init does not say")
+    weights.add_flags(add)
     add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")
     add("--channels", type=int, default=64, help="of the pyramid and the heads")
     add("--anchor", type=int, default=16, help="pixels of the smallest anchors; each next level's are twice as large")
@@ -95,7 +97,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=12, help="passes over the data; after 3/4 and 11/12 of them the learning rate "
         "falls to a tenth")
     add("--batch-size", type=int, default=8, help="images a step, over all processes")
-    add("--micro-batch", type=int, help="images at once in one process; gradients accumulate (default: all)")
+    add("--micro-batch", type=int, help="images at once per process (default: all). Gradients accumulate: the step is "
+        "the same, but for what is drawn per micro-batch (drop path, sizes, regions, the random criterion)")
     add("--blr", type=float, default=3.2e-2, help="learning rate per 256 images: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up (default, and for runs that are no longer: 4 %% "
         "of the epochs)")
@@ -119,7 +122,7 @@ class Detector(MaskRCNN):
         rois: int = 512, proposals: int = 1000,
     ):  # fmt: skip
         c = backbone.out_channels
-        normalize = data.Normalize(backbone.encoder.arguments["channels"])
+        normalize = data.normalize_for(backbone.encoder)
         super().__init__(
             backbone,
             min_size=tuple(short_side), max_size=long_side,
@@ -163,7 +166,7 @@ def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
     if args.init == "none":
         size = (16 * args.patch_size,) * 2  # any: positions are made for each image's own grid
         return ViT(size, args.patch_size, **MODELS[args.model], drop_path=args.drop_path)
-    log, options = print if is_main else lambda text: None, dict(heads=args.heads, drop_path=args.drop_path)
+    log, options = print if is_main else lambda text: None, told(args) | dict(drop_path=args.drop_path)
     return load_encoder(runs.load(args.init), weights=args.weights, log=log, **options)
 
 
@@ -222,7 +225,9 @@ def find_objects(
                 (found,) = model(to_device(images, world.device), ptr=ptr)
             seen.append(targets[0]["image_id"])
             results += coco.coco_results(found, seen[-1], loader.dataset.images.categories)
-    return training.gather_lists(results), training.gather_lists(seen)
+    results, seen = training.gather_lists(results), training.gather_lists(seen)
+    data.check_readable(len(loader.dataset) - len(seen), len(loader.dataset))
+    return results, seen
 
 
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDetection, world: training.World) -> None:
@@ -235,7 +240,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     found = [find_objects(model, loader, ptr, args, world) for ptr in ptrs]
     if not world.is_main:
         return
-    print(f"data    {args.data}: {val.describe()} to score")
+    print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} of the images scored")
     images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
     whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (PTR(), *ptrs)]
     speeds = scores.speed_ups(whole, reduced, world.device)
@@ -252,9 +257,9 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
-    args, checkpoint = runs.parse(arguments(), RECIPES, argv, kept=KEPT)
-    runs.settle_epochs(args, warmup_share=1 / 24)
-    data.fill_in(args)
+    parser = arguments()
+    args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, kept=KEPT)
+    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)
     if not args.eval and len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     world = training.start_world(args.device)
@@ -284,6 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         ptr = reductions(args, encoder)[0]
     except ValueError as error:
         raise SystemExit(f"error: {args.init}: {error}") from None
+    args.model, args.patch_size = model_name(encoder), encoder.arguments["patch_size"]  # recorded as it is trained
     model.to(world.device)
     channels = encoder.arguments["channels"]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -293,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
-    views = coco.DetectionViews(train, channels, args.seed, augment=True, crop_share=args.crop_share)
+    views = coco.DetectionViews(train, channels, args.seed, augment=True, crop_share=args.crop_share, flip=args.flip)
     loader = data.training_loader(views, micro_batch, args.workers, world)
     val_loader = scoring_loader(val, channels, args.workers, world)
     steps_per_epoch = len(loader) // accumulate
@@ -312,8 +318,8 @@ def main(argv: list[str] | None = None) -> None:
             raise SystemExit(f"error: --data has {len(train)} images, {checkpoint['num_images']} in the run to resume")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
+    run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
-        runs.prepare_folder(args)
         sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model)]
         print(f"device  {world.describe()}")
         print(f"data    {args.data}: {train.describe()}; to validate {val.describe()}")
@@ -366,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 skipped_in_a_row += 1
                 if skipped_in_a_row == 10:
-                    raise SystemExit("error: the loss was not finite ten times in a row: lower --blr, then --resume")
+                    raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -381,9 +387,9 @@ def main(argv: list[str] | None = None) -> None:
             unreadable=unreadable, images_per_second=len(rows) * args.batch_size / seconds, data_wait=waited / seconds
         )
         if world.is_main:
-            row |= coco.average_precision(val, results, seen, show=epoch + 1 == args.epochs)
+            row |= coco.average_precision(val, results, seen, show=epoch + 1 == args.epochs) | dict(scored=len(seen))
             history.append(row)
-            runs.save_run(args, dict(
+            run.save(dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history,
                 method="detect", encoder=encoder.arguments, learned_positions=model.backbone.learned_positions,
                 categories=[list(category) for category in train.categories], num_images=len(train),

@@ -27,9 +27,10 @@ import data
 import runs
 import scores
 import training
+import weights
 from model import MODELS, Classifier, ViT, pool
 from ptr import PTR, token_counts
-from weights import find_weights, load_classifier, load_encoder, timm_call, timm_weights
+from weights import find_weights, load_classifier, load_encoder, model_name, timm_call, timm_weights, told
 
 # What `--recipe` sets, and with `--linear-probe`; flags that are given win.
 RECIPES = {
@@ -63,8 +64,9 @@ def arguments() -> argparse.ArgumentParser:
     parser = runs.flag_parser(__doc__)
     add = parser.add_argument_group("what to do, instead of fine-tuning").add_argument
     add("--linear-probe", action="store_true", help="train a linear classifier on the frozen encoder")
-    add("--knn", type=int, nargs="?", const=20, metavar="K", help="score the frozen features of --init by their K "
-        "nearest neighbours (K: 20) and by ridge regression")
+    add("--knn", type=int, nargs="?", const=20, metavar="K", help="score the frozen features of --init by ridge "
+        "regression and by a vote of their K (20) nearest neighbours, weighted as in DINO (temperature 0.07), but of "
+        "standardised features of the mean patch token (--pool class: of the class token, as DINO's)")
     add("--eval", metavar="FILE", help="score a classifier, a checkpoint of this script or a public ViT with its head, "
         "at each --drop-ratio, on all validation images or --limit of them")
     add("--class-order", default="name", choices=("name", "number"), help="of class folders that are numbers, with "
@@ -80,9 +82,9 @@ def arguments() -> argparse.ArgumentParser:
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
         "ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT, or none: from scratch")
     add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
-    add("--heads", type=int, help="attention heads, where --init does not say")
+    weights.add_flags(add)
     add("--pool", choices=("mean", "class"), help="what the head sees: the mean of the patch tokens, or the class "
-        "token (default: mean; with --eval what the file tells)")
+        "token (default: mean; with --eval what the file says)")
     add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")
     add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
     add("--patch-size", type=int, help="pixels, for --init none (default: 4 for small sets, 16 for a folder)")
@@ -97,7 +99,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
     add("--epochs", type=int, default=10, help="passes over the data")
     add("--batch-size", type=int, default=64, help="images a step, over all processes")
-    add("--micro-batch", type=int, help="images at once in one process; gradients accumulate (default: all)")
+    add("--micro-batch", type=int, help="images at once per process (default: all). Gradients accumulate: the step is "
+        "the same, but for what is drawn per micro-batch (drop path, MixUp, CutMix, the random criterion)")
     add("--blr", type=float, default=4e-3, help="learning rate per 256 images: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up (default, and for runs that are no longer: 10 %% "
         "of the epochs)")
@@ -125,7 +128,7 @@ def build_encoder(args: argparse.Namespace, checkpoint: dict[str, Any] | None, i
         return ViT(size, args.patch_size, channels=args.channels, drop_path=args.drop_path, **model)
     return load_encoder(
         runs.load(args.init), weights=args.weights, image_size=args.image_size and data.sides(args.image_size),
-        heads=args.heads, drop_path=args.drop_path, log=print if is_main else lambda text: None,
+        drop_path=args.drop_path, log=print if is_main else lambda text: None, **told(args),
     )  # fmt: skip
 
 
@@ -158,7 +161,7 @@ def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: training.World) -> None:
     """`--eval`: accuracy, work and speed of a classifier at each drop ratio, beside the poster's."""
     size = args.image_size and data.sides(args.image_size)
-    model = load_classifier(checkpoint, pool=args.pool, image_size=size, heads=args.heads)
+    model = load_classifier(checkpoint, pool=args.pool, image_size=size, **told(args))
     encoder = model.to(world.device).eval().encoder
     args.channels, args.image_size = encoder.arguments["channels"], list(encoder.image_size)
     data.fill_in(args)
@@ -177,7 +180,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], world: traini
                   f"{', '.join(by_number[:3])}, ..., say --class-order number")  # fmt: skip
     if classes not in (None, val.classes) or len(val.classes) != num_classes:
         raise SystemExit(f"error: --eval {args.eval} tells {num_classes} classes apart, --data {args.data} has others")
-    loader, normalize = scoring_loader(args, val, world), data.Normalize(args.channels).to(world.device)
+    loader, normalize = scoring_loader(args, val, world), data.normalize_for(encoder).to(world.device)
     rows = []
     for ptr in reductions:
         logits, labels = scores.predict(
@@ -211,7 +214,7 @@ def nearest_neighbours(args: argparse.Namespace, encoder: ViT, ptr: PTR, world: 
     encoder.to(world.device).eval()
     train = data.labelled_images(args, args.limit)
     val = data.validation_images(args, train.classes)
-    normalize = data.Normalize(args.channels).to(world.device)
+    normalize = data.normalize_for(encoder).to(world.device)
     results = [
         scores.predict(
             lambda images: pool(encoder(images, ptr=ptr).tokens, by), scoring_loader(args, images, world), normalize,
@@ -222,7 +225,8 @@ def nearest_neighbours(args: argparse.Namespace, encoder: ViT, ptr: PTR, world: 
     if world.is_main:
         neighbours = scores.knn_accuracy(*results[0], *results[1], k=args.knn)
         linear = scores.linear_accuracy(*results[0], *results[1])
-        print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to score")
+        counts = [len(labels) for _, labels in results]
+        print(f"data    {args.data}: {data.describe(train)}; {counts[0]:,} searched, {counts[1]:,} scored")
         print(f"top-1 {neighbours:.1%} by {args.knn} nearest neighbours, {linear:.1%} by ridge regression, of the {by} "
               f"token features of {args.init}")  # fmt: skip
 
@@ -231,11 +235,13 @@ def export(args: argparse.Namespace) -> None:
     """`--export`: write the classifier in --init, or where it has no head the encoder, as timm's models load it."""
     checkpoint, size = runs.load(args.init), args.image_size and data.sides(args.image_size)
     if args.weights == "student" and "head.weight" in find_weights(checkpoint):
-        model = load_classifier(checkpoint, image_size=size, heads=args.heads)
+        model = load_classifier(checkpoint, pool=args.pool, image_size=size, **told(args))
+        known = dict(pool=model.pool, classes=checkpoint.get("classes"), encoder=model.encoder.arguments)
     else:
-        model = load_encoder(checkpoint, weights=args.weights, image_size=size, heads=args.heads)
-    runs.save_weights(Path(args.export), timm_weights(model))
-    print(f"written: {args.export}. It loads, strictly, into\n  {timm_call(model)}")
+        model = load_encoder(checkpoint, weights=args.weights, image_size=size, **told(args))
+        known = dict(encoder=model.arguments)
+    runs.save_weights(Path(args.export), timm_weights(model), dict(method="export", config={}) | known)
+    print(f"written: {args.export}. It loads, strictly, into\n  {timm_call(model, args.export)}")
 
 
 # --- fine-tuning ------------------------------------------------------------------------------------------------------
@@ -245,8 +251,8 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     parser = arguments()
     recipes = PROBES if parser.parse_args(argv).linear_probe else RECIPES
-    args, checkpoint = runs.parse(parser, recipes, argv, kept=KEPT)
-    runs.settle_epochs(args, warmup_share=0.1)
+    args, checkpoint = runs.parse(parser, recipes, argv, warmup_ratio=0.1, kept=KEPT)
+    weights.check_flags(runs.given(parser, argv), args.eval or args.init)
     if not args.eval and len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     world = training.start_world(args.device)
@@ -263,6 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         counts = token_counts(encoder.num_patches, len(encoder.blocks), ptr)
     except ValueError as error:
         raise SystemExit(f"error: {args.eval or args.init}: {error}") from None
+    args.model = model_name(encoder)  # what is recorded is what is trained
     args.patch_size, args.channels = encoder.arguments["patch_size"], encoder.arguments["channels"]
     args.image_size = args.image_size or list(encoder.image_size)
     data.fill_in(args)
@@ -290,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = data.training_loader(views, micro_batch, args.workers, world)
     val = data.validation_images(args, train.classes)
     val_loader = scoring_loader(args, val, world)
-    normalize = data.Normalize(args.channels).to(world.device)
+    normalize = data.normalize_for(encoder).to(world.device)
     mix = mixing(args.mixup, args.cutmix, len(train.classes))
     steps_per_epoch = len(loader) // accumulate
     if args.dry_run:
@@ -306,8 +313,15 @@ def main(argv: list[str] | None = None) -> None:
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
+    elif args.linear_probe:
+        mean, variance = scores.feature_statistics(
+            lambda images: model.features(images, ptr), scoring_loader(args, train, world), normalize, args.precision,
+            world, batches=2 if args.dry_run else None,
+        )  # fmt: skip
+        model.fc_norm.running_mean.copy_(mean)
+        model.fc_norm.running_var.copy_(variance)
+    run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
-        runs.prepare_folder(args)
         print(f"device  {world.describe()}")
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to validate")
         print(f"model   {encoder.describe()}, pooled by {model.pool}; class token + {' '.join(map(str, counts))}")
@@ -358,7 +372,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 skipped_in_a_row += 1
                 if skipped_in_a_row == 10:
-                    raise SystemExit("error: the loss was not finite ten times in a row: lower --blr, then --resume")
+                    raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -367,9 +381,6 @@ def main(argv: list[str] | None = None) -> None:
 
         # 6. Score, log, save
         seconds = time.perf_counter() - start
-        if ddp is not None:  # BatchNorm's statistics are the first one's: what is saved is what is scored
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
         model.eval()
         logits, labels = scores.predict(
             lambda images: model(images, ptr=ptr), val_loader, normalize, args.precision, world,
@@ -379,10 +390,10 @@ def main(argv: list[str] | None = None) -> None:
         row |= dict(
             unreadable=unreadable, images_per_second=len(rows) * batch_size / seconds, data_wait=waited / seconds
         )
-        row |= accuracies(logits, labels)
+        row |= accuracies(logits, labels) | dict(scored=len(labels))
         history.append(row)
         if world.is_main:
-            runs.save_run(args, dict(
+            run.save(dict(
                 model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history,
                 method="finetune", encoder=encoder.arguments, pool=model.pool, classes=train.classes,
                 num_images=len(train),
@@ -393,7 +404,8 @@ def main(argv: list[str] | None = None) -> None:
     # 7. Say how it went
     if world.is_main:
         last, best = history[-1]["top1"], max(row["top1"] for row in history)
-        print(f"top-1 {last:.1%} of {len(val):,} validation images, best {best:.1%}; next, accuracy against speed:")
+        scored = f"{history[-1]['scored']:,} validation images"
+        print(f"top-1 {last:.1%} of {scored}, best epoch {best:.1%}; next, accuracy against speed:")
         print(f"  python finetune.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
 
 

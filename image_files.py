@@ -8,7 +8,6 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 
@@ -86,21 +85,35 @@ def is_image_file(path: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_hidden(os.path.basename(folder))
 
 
-def find_images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted; linked folders are followed. Says how many files are no images."""
-    found, others = [], 0
+def list_images(folder: Path) -> tuple[list[str], int]:
+    """All image files below `folder`, sorted, and the number of other files.
+
+    Linked folders are followed, but each folder is visited once, and none that `folder` lies in.
+    """
+    found, others, visited = [], 0, {str(parent) for parent in folder.resolve().parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        place = os.path.realpath(parent)
+        if place in visited:
+            folders.clear()
+            continue
+        visited.add(place)
+        folders[:] = sorted(name for name in folders if not is_hidden(name))
         images = [name for name in files if is_image_file(name)]
         found += [os.path.join(parent, name) for name in images]
         others += len(files) - len(images)
+    return sorted(found), others
+
+
+def find_images(folder: Path) -> list[str]:
+    """All image files below `folder`, sorted, at least one. Prints how many files are not images."""
+    found, others = list_images(folder)
     if not folder.is_dir():
         raise SystemExit(f"error: there is no folder {folder}, nor a data set of this name (--data)")
     if not found:
         raise SystemExit(f"error: the folder {folder} holds no image files ({' '.join(SUFFIXES)})")
     if others:
         print(f"{others:,} files in {folder} are no images ({' '.join(SUFFIXES)})")
-    return sorted(found)
+    return found
 
 
 class ImageFiles(Dataset):
@@ -118,29 +131,41 @@ class ImageFiles(Dataset):
         return read_image(self.paths[index]), -1
 
 
-class ClassFolders(ImageFolder):
-    """Image files in one folder for each class, but for hidden ones, such as an editor leaves."""
+class ClassFolders(Dataset):
+    """Image files in one folder per class. Label i is `classes[i]`: as given, or the folders' names, sorted."""
 
-    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
-        names = [name for name in super().find_classes(directory)[0] if not is_hidden(name)]
-        return names, {name: i for i, name in enumerate(names)}
+    def __init__(self, folder: Path, classes: list[str] | None = None):
+        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
+        found = {name: list_images(folder / name)[0] for name in names}
+        empty = [name for name in names if not found[name]]
+        if empty:
+            print(f"left out of {folder}, as they hold no images: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+        filled = [name for name in names if found[name]]
+        self.classes = filled if classes is None else classes
+        unknown = [name for name in filled if name not in self.classes]
+        if unknown:
+            raise SystemExit(f"error: --data: {folder} has classes that were not trained on: {', '.join(unknown[:5])}")
+        samples = [(path, self.classes.index(name)) for name in filled for path in found[name]]
+        self.paths, self.targets = [path for path, _ in samples], [label for _, label in samples]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return read_image(self.paths[index]), self.targets[index]
 
 
 def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolders:
-    """The images of `folder`, which has a folder for each class; with `classes` of another split, numbered as there."""
+    """The images of `folder`, which has a folder per class: at least two, or with `classes` some of those."""
     try:
-        images = ClassFolders(
-            folder, loader=read_image, is_valid_file=is_image_file, allow_empty=classes is not None
-        )
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"error: --data: labels need train/ and val/ with a folder for each class ({error})") from None
+        images = ClassFolders(folder, classes)
+    except OSError as error:
+        raise SystemExit(f"error: --data: labels need train/ and val/ with a folder per class ({error})") from None
     if not len(images):
         raise SystemExit(f"error: --data: there are no images in the class folders of {folder}")
-    if classes is not None and images.classes != classes:
-        unknown = [name for name in images.classes if name not in classes]
-        if unknown:
-            raise SystemExit(f"error: --data: {folder} has classes that were not trained on: {', '.join(unknown[:5])}")
-        images.samples = [(path, classes.index(images.classes[label])) for path, label in images.samples]
-        images.targets = [label for _, label in images.samples]
-        images.classes = classes
+    if len(images.classes) < 2:
+        raise SystemExit(
+            f"error: --data: {folder} has images of one class only, {images.classes[0]}: the folders in it must be the "
+            "classes, not a folder that holds them"
+        )
     return images

@@ -7,7 +7,7 @@ n tokens of a sequence, D width. Encoder parameters carry timm's names, so publi
 
 import copy
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ MODELS = {
 }
 
 NO_PTR = PTR()  # drops nothing
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels between 0 and 1
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # --- parts of a transformer -------------------------------------------------------------------------------------------
 
@@ -156,6 +159,8 @@ class ViT(nn.Module):
         heads: int = 12,
         mlp_ratio: float = 4.0,
         drop_path: float = 0.0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
     ):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
@@ -163,6 +168,7 @@ class ViT(nn.Module):
         self.arguments = dict(
             image_size=tuple(image_size), patch_size=patch_size, channels=channels,
             dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
+            mean=tuple(mean), std=tuple(std),  # of the pixels that it is made for: `data.Normalize` takes them out
         )  # fmt: skip
         self.image_size = tuple(image_size)
         self.grid = grid_size(image_size, patch_size)
@@ -370,7 +376,9 @@ class Classifier(nn.Module):
     Where the layers of norm are, in timm's names:
         pool="mean"   the mean of the patch tokens that PTR left, then `fc_norm` (the paper, MAE)
         pool="class"  the encoder's `norm`, then the class token (DeiT)
-        frozen=True   the encoder's `norm`, pooling, BatchNorm without parameters: a linear probe, only `head` trains
+        frozen=True   the encoder's `norm`, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
+    MAE's probe standardises by BatchNorm over each batch. Here the statistics are those of all training images, which
+    finetune.py computes once: the encoder is frozen, so they never change.
     `encoder` becomes a part of it: its positions become trainable, or if `frozen` nothing of it is.
     """
 
@@ -390,13 +398,17 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> "Classifier":
-        """As usual, but a frozen encoder stays in evaluation mode: no drop path in its features."""
+        """As usual, but what is frozen stays in evaluation mode: no drop path, no statistics of single batches."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
+            self.fc_norm.eval()
         return self
 
     def forward(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
         """Images (B, C, H, W), normalised -> logits (B, classes)."""
-        tokens = self.encoder(images, ptr=ptr).tokens
-        return self.head(self.fc_norm(pool(tokens, self.pool)))
+        return self.head(self.fc_norm(self.features(images, ptr)))
+
+    def features(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
+        """Images (B, C, H, W), normalised -> pooled tokens (B, D)."""
+        return pool(self.encoder(images, ptr=ptr).tokens, self.pool)

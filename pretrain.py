@@ -38,6 +38,9 @@ RECIPES = {
 # The decoder of MAE's authors, who train for 800 or 1600 epochs.
 RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
+PCAE_FLAGS = {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "ema"}
+DECODER_FLAGS = {"decoder_dim", "decoder_depth", "decoder_heads"}
+
 
 def arguments() -> argparse.ArgumentParser:
     """All flags; what is None by default depends on the data or on other flags."""
@@ -67,7 +70,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
     add("--epochs", type=int, default=20, help="passes over the data")
     add("--batch-size", type=int, default=64, help="images a step, over all processes")
-    add("--micro-batch", type=int, help="images at once in one process; gradients accumulate (default: all)")
+    add("--micro-batch", type=int, help="images at once per process (default: all). Gradients accumulate: the step is "
+        "the same, but for what is drawn per micro-batch (drop path, the random criterion)")
     add("--blr", type=float, default=8e-3, help="learning rate per 256 images: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help="epochs of linear warm-up (default, and for runs that are no longer: 15 %% "
         "of the epochs)")
@@ -121,8 +125,10 @@ def probe(
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
-    args, checkpoint = runs.parse(arguments(), RECIPES, argv)
-    runs.settle_epochs(args, warmup_share=0.15)
+    parser = arguments()
+    args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=0.15)
+    meaningless = dict(pcae=set(), mae=PCAE_FLAGS, simmim=PCAE_FLAGS | DECODER_FLAGS)[args.method]
+    runs.reject(runs.given(parser, argv) & meaningless, f"not a flag of --method {args.method}")
     data.fill_in(args)
     world = training.start_world(args.device)
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
@@ -144,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     views = data.training_views(images, args, data.sides(args.image_size), world.device)
     loader = data.training_loader(views, micro_batch, args.workers, world)
     loaders = probe_loaders(args, world) if args.knn_every else None
-    normalize = data.Normalize(args.channels).to(world.device)
+    normalize = data.normalize_for(model.student).to(world.device)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
         raise SystemExit(f"error: --batch-size {args.batch_size} is more than the {len(images)} images of --data")
@@ -166,8 +172,8 @@ def main(argv: list[str] | None = None) -> None:
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
     elif loaders:
         history = [dict(epoch=0, step=0) | probe(model.student, loaders, normalize, args, world)]
+    run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
-        runs.prepare_folder(args)
         print(f"device  {world.describe()}")
         print(f"data    {args.data}: {data.describe(images)}")
         print(f"model   {args.model} by {args.method}: {model.student.describe()}; {model.describe()}")
@@ -234,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 skipped_in_a_row += 1
                 if skipped_in_a_row == 10:
-                    raise SystemExit("error: the loss was not finite ten times in a row: lower --blr, then --resume")
+                    raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
             optimizer.zero_grad()
             step += 1
             bar.update()
@@ -254,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
         history.append(row)
         if world.is_main:
             parts = {name: part.state_dict() for name, part in model.named_children()}
-            runs.save_run(args, parts | dict(
+            run.save(parts | dict(
                 optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history, method=args.method,
                 encoder=model.student.arguments, num_images=len(images),
             ))  # fmt: skip
@@ -265,7 +271,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 7. Say how it went
     if world.is_main:
-        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt")
+        source = "" if args.data == "shapes" else f" --data {args.data} --data-root {args.data_root}"
+        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt{source}")
 
 
 if __name__ == "__main__":

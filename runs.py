@@ -7,24 +7,28 @@ A run folder holds `args.json`, `metrics.jsonl` (one line an epoch), `last.pt` a
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from data import SETS
 from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
 
-# Flags that a resumed run may change: they leave the result as it is, but for rounding, and with another micro-batch
-# for what is drawn anew for each (drop path, MixUp, CutMix) or averaged over it (a probe's BatchNorm).
-FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "knn_every", "out", "resume")
+# Flags that a resumed run may change: they leave the result as it is, but for rounding and, with another micro-batch,
+# for what is drawn per micro-batch (drop path, the `random` criterion, MixUp, CutMix). And `blr`, which a run may need
+# lower from some epoch on.
+FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "knn_every", "out", "resume", "blr")
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
@@ -34,6 +38,8 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
         def _get_help_string(self, action: argparse.Action) -> str | None:
             return action.help if action.default in (None, False) else super()._get_help_string(action)
 
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the terminal cannot print, such as a class name, ends no run
+        sys.stdout.reconfigure(errors="backslashreplace")
     usage = "python %(prog)s [--flag value ...]"  # the usual list of all flags would hide an error below it
     return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Formatter, allow_abbrev=False)
 
@@ -50,8 +56,10 @@ def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str
     add = parser.add_argument_group("run").add_argument
     add("--recipe", default="laptop", choices=recipes, help="settings to start from; flags given win")
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
-    add("--resume", nargs="?", const="", metavar="FILE", help="continue FILE, or the run in --out, with its settings")
-    add("--dry-run", action="store_true", help="two steps of everything, saved in --out as a run is, then exit")
+    add("--resume", nargs="?", const="", metavar="FILE", help="continue FILE, or the run in --out, with its settings; "
+        "where --out holds no run yet, start one")
+    add("--dry-run", action="store_true", help="two steps of everything, saved as a run is, in the folder dry-run "
+        "below --out, then exit")
     add("--device", default="auto", help="cpu, cuda, mps, ...")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
     add("--seed", type=int, default=0, help="of everything that is random")
@@ -76,27 +84,48 @@ def token_reduction(args: argparse.Namespace, depth: int, drop_ratio: float) -> 
     return PTR(tuple(blocks), drop_ratio, args.criterion)
 
 
+def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
+    """The names of the flags that stand on the command line."""
+    blank = dict.fromkeys(vars(parser.parse_args(argv)))  # argparse keeps what is there, so no default is filled in
+    filled = parser.parse_args(argv, argparse.Namespace(**blank))
+    return {name for name, value in vars(filled).items() if value is not None}
+
+
+def reject(names: set[str], why: str) -> None:
+    """End the script if there are flags of these names, which contradict others."""
+    if names:
+        raise SystemExit(f"error: {', '.join('--' + name.replace('_', '-') for name in sorted(names))}: {why}")
+
+
 def parse(
     parser: argparse.ArgumentParser,
     recipes: dict[str, dict[str, Any]],
     argv: list[str] | None,
+    warmup_ratio: float,
     kept: tuple[str, ...] = (),
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Arguments in layers, the later one wins: defaults, `--recipe`, the checkpoint to `--resume`, the flags given.
 
     Returns that checkpoint, too. With `--eval` it is the one to score, and only its settings named in `kept` count.
-    Refuses, naming them, flags that would change what a resumed run trains.
+    Refuses, naming them, flags that would change what a resumed run trains. `warmup_ratio`: see `settle_epochs`.
     """
     first = parser.parse_args(argv)
     parser.set_defaults(**recipes[first.recipe])
     if getattr(first, "eval", None) is not None:
         checkpoint = load(first.eval)
         config = checkpoint.get("config", {}) if "method" in checkpoint else {}  # of a public file nothing is known
+        if given(parser, argv) & {"drop_stages", "drop_at"}:
+            config["drop_blocks"] = None  # of two ways to say where tokens are dropped, the one that was asked for
         parser.set_defaults(**{name: config[name] for name in kept if name in config})
         return parser.parse_args(argv), checkpoint
-    if first.resume is None:
-        return parser.parse_args(argv), None
-    path = Path(first.resume or Path(first.out) / "last.pt")
+    path = Path(first.resume or first.out)
+    path = path / "last.pt" if path.is_dir() or not first.resume else path
+    if first.resume is None or not (first.resume or path.exists()):
+        args = parser.parse_args(argv)
+        settle_epochs(args, warmup_ratio)
+        if args.dry_run:
+            args.out = str(Path(args.out) / "dry-run")  # not where a real run is looked for
+        return args, None
     checkpoint = load(path)
     config = checkpoint.get("config", {})
     unknown = ", ".join(sorted(config.keys() - vars(first).keys()))
@@ -106,6 +135,7 @@ def parse(
     parser.set_defaults(**config | dict(out=str(path.parent)))
     args = parser.parse_args(argv)
     args.resume = str(path)
+    settle_epochs(args, warmup_ratio)
     free = set(FREE)
     if not {vars(args).get("data"), config.get("data")} & {*SETS, "coco"}:  # where a folder lies is not what it is
         free.add("data")
@@ -116,76 +146,114 @@ def parse(
     return args, checkpoint
 
 
-def settle_epochs(args: argparse.Namespace, warmup_share: float) -> None:
-    """Warm up for a share of the epochs where no length is given, or one that would leave nothing of a short run."""
+def settle_epochs(args: argparse.Namespace, warmup_ratio: float) -> None:
+    """Warm up for `warmup_ratio` of the epochs where no length is given, or one that is as long as the run."""
     if args.dry_run:
         args.epochs = 1
     if args.epochs < 1:
         raise SystemExit(f"error: --epochs must be 1 or more, got {args.epochs}")
     if args.warmup_epochs is None or args.warmup_epochs >= args.epochs:
-        args.warmup_epochs = warmup_share * args.epochs
+        args.warmup_epochs = warmup_ratio * args.epochs
 
 
-def prepare_folder(args: argparse.Namespace) -> None:
-    """Make the run folder; another run that is there already is moved aside."""
-    out = Path(args.out)
-    last = out / "last.pt"
-    if last.exists() and not (args.resume and last.samefile(args.resume)):
+class RunFolder:
+    """The folder `--out`, for one run alone: as long as this object lives, a second run there is refused.
+
+    The files of an earlier run move into a folder within it, `earlier-1`, `earlier-2`, ...: `--out` itself may be a
+    mounted volume, a link or ".".
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.path = args, Path(args.out)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = FileLock(self.path / ".lock")  # the system frees it when the process ends, however it ends
+            self.lock.acquire(blocking=False)
+            if args.resume == "":
+                print(f"there is no run in {self.path} to continue: a new one starts")
+            self.keep_earlier()
+            write(self.path / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
+        except Timeout:
+            raise SystemExit(f"error: another run is writing to --out {self.path}: name another folder") from None
+        except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+            raise SystemExit(f"error: --out {self.path} cannot be written ({error})") from None
+
+    def keep_earlier(self) -> None:
+        """Move another run's files out of the way; what a resumed run continues stays."""
+        last, args = self.path / "last.pt", self.args
+        if args.dry_run or not last.exists() or (args.resume and last.samefile(args.resume)):
+            return
         number = 1
-        while (aside := out.with_name(f"{out.name}-{number}")).exists():
+        while (aside := self.path / f"earlier-{number}").exists():
             number += 1
-        out.rename(aside)
-        print(f"the run that was in {out} is now in {aside} (to continue a run: --resume)")
+        aside.mkdir()
+        for name in ("args.json", "metrics.jsonl", "best.pt", "last.pt"):
+            if (self.path / name).exists():
+                (self.path / name).rename(aside / name)
+        print(f"the run that was in {self.path} is now in {aside} (to continue a run: --resume)")
+
+    def save(self, content: dict[str, Any], is_best: bool = False) -> None:
+        """Write last.pt, if this is the best epoch best.pt, and the log of both: no row is lost or twice in it."""
+        content = dict(config=vars(self.args)) | content
+        rows = "".join(json.dumps(row) + "\n" for row in content["history"]).encode()
+        if is_best:
+            save(self.path / "best.pt", {name: value for name, value in content.items() if name != "optimizer"})
+        save(self.path / "last.pt", content)
+        write(self.path / "metrics.jsonl", lambda file: file.write(rows))
+
+
+def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
+    """Write a file whole, beside it, flushed to disk, then renamed, or end the script and leave what was there."""
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
-    except OSError as error:
-        raise SystemExit(f"error: --out {out} cannot be written ({error})") from None
+        with open(temporary, "wb") as file:
+            content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps what Python raised
+        if not isinstance(reason, OSError):
+            raise
+        raise SystemExit(f"error: {path} cannot be written ({reason}); an earlier one is whole") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all: to a file beside it, flushed to disk, then renamed."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write a checkpoint whole or not at all."""
+    write(path, lambda file: torch.save(content, file))
 
 
-def save_weights(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as the file's name says: .safetensors (by that package), .pt, .pth or .bin (by torch)."""
+def save_weights(path: Path, tensors: dict[str, Tensor], known: dict[str, Any]) -> None:
+    """Write tensors and what is `known` of them, plain values, as the file's name says.
+
+    .safetensors (by that package): `known` is JSON in the metadata. .pt, .pth, .bin (by torch): tensors under `model`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         try:
-            from safetensors.torch import save_file
+            from safetensors.torch import save as pack
         except ImportError:
             raise SystemExit(f"error: to write {path}: pip install safetensors") from None
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write(path, lambda file: file.write(pack(tensors, dict(pcae=json.dumps(known)))))
     elif path.suffix in (".pt", ".pth", ".bin"):
-        save(path, tensors)
+        save(path, known | dict(model=tensors))
     else:
         raise SystemExit(f"error: {path} must end in .pt, .pth, .bin or .safetensors")
-
-
-def save_run(args: argparse.Namespace, content: dict[str, Any], is_best: bool = False) -> None:
-    """Write last.pt, if this is the best epoch best.pt, and the log that they hold: no row is lost or twice in it."""
-    out, content = Path(args.out), dict(config=vars(args)) | content
-    if is_best:
-        save(out / "best.pt", {name: value for name, value in content.items() if name != "optimizer"})
-    save(out / "last.pt", content)
-    (out / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content["history"]))
 
 
 def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint, ours or a public one, to the CPU, without running anything a pickle may hold."""
     try:
         if str(path).endswith(".safetensors"):
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
+            from safetensors import SafetensorError, safe_open
 
             try:
-                return load_file(path)
+                with safe_open(path, "pt") as file:
+                    known = json.loads((file.metadata() or {}).get("pcae", "{}"))
+                    return known | dict(model={name: file.get_tensor(name) for name in file.keys()})
             except SafetensorError as error:
                 raise ValueError(error) from None
         with torch.serialization.safe_globals([argparse.Namespace]):  # public files hold their settings in one

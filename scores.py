@@ -47,16 +47,38 @@ def predict(
 
     Each process works on its share of the images, the first `batches` batches of it, and all get the results of all.
     """
-    results: list[tuple[Tensor, Tensor]] = []
+    results: list[tuple[Tensor, Tensor, int]] = []
     some = itertools.islice(data.batches(loader), batches)
     for images, labels, readable in tqdm(some, "scoring", len(loader), leave=False, disable=not world.is_main):
         with autocast(world.device, precision):
             outputs = function(normalize(images)).float().cpu()
-        results.append((outputs[readable], labels[readable]))
-    outputs, labels = (torch.cat(parts) for parts in zip(*gather_lists(results), strict=True))
+        results.append((outputs[readable], labels[readable], len(labels)))
+    *parts, counts = zip(*gather_lists(results), strict=True)
+    outputs, labels = map(torch.cat, parts)
+    data.check_readable(sum(counts) - len(labels), sum(counts))
     if not len(labels):
         raise SystemExit("error: --data: not one of the images to score can be read")
     return outputs, labels
+
+
+@torch.no_grad()
+def feature_statistics(
+    function: Callable[[Tensor], Tensor],
+    loader: DataLoader,
+    normalize: nn.Module,
+    precision: str,
+    world: World,
+    batches: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Mean and variance (D,) of `function`'s features (B, D) over the readable images of all processes, in float64."""
+    sums = 0  # of ones, features and their squares: (3, D)
+    some = itertools.islice(data.batches(loader), batches)
+    for images, _, readable in tqdm(some, "statistics", len(loader), leave=False, disable=not world.is_main):
+        with autocast(world.device, precision):
+            features = function(normalize(images)).cpu().double()[readable]
+        sums = sums + torch.stack([torch.ones_like(features), features, features.square()]).sum(dim=1)
+    count, mean, square = sum(gather_lists([sums]))
+    return mean / count, square / count - (mean / count).square()
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
 
 @dataclass(frozen=True)
 class World:
@@ -24,6 +26,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    local_size: int = 1  # processes on this machine
 
     @property
     def is_main(self) -> bool:
@@ -40,8 +43,15 @@ class World:
 
 
 def start_world(device: str) -> World:
-    """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`..."""
-    rank, local_rank, size = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+    """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`...
+
+    Without RANK the other variables are left over from a job script and do not count.
+    """
+    launched = "RANK" in os.environ
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if launched and missing:
+        raise SystemExit(f"error: the environment has RANK but not {', '.join(missing)}: use torchrun, or unset RANK")
+    rank, local_rank, size, local_size = (int(os.environ[name]) for name in TORCHRUN[:4]) if launched else (0, 0, 1, 1)
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
         device = accelerator.type if accelerator is not None else "cpu"
@@ -53,9 +63,9 @@ def start_world(device: str) -> World:
         raise SystemExit(f"error: --device {device} cannot be used here ({error})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
-    if "RANK" in os.environ and not dist.is_initialized():
+    if launched and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") and dist.is_nccl_available() else "gloo")
-    return World(rank, max(size, 1), torch.device(device))
+    return World(rank, size, torch.device(device), local_size)
 
 
 def end_world() -> None:

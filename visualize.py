@@ -30,11 +30,12 @@ import data
 import detect
 import runs
 import training
+import weights
 from image_files import UnreadableImage, find_images, read_image
 from model import patchify, split_patches
 from ptr import CRITERIA, gather_tokens, scatter_tokens, token_counts
 from shapes import draw_scene
-from weights import find_weights, load_classifier, load_encoder
+from weights import find_weights, load_classifier, load_encoder, told
 
 # What is taken from the checkpoint, besides the drop ratio, where no flag says otherwise.
 KEPT = ("data", "data_root", "drop_stages", "drop_at", "drop_blocks", "criterion", "mask_ratio")
@@ -60,6 +61,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", default="runs/pretrain/last.pt", metavar="FILE", help="of ours, or a public ViT")
     add("--weights", choices=("student", "teacher"), help="which encoder of it (default: of PCAE the teacher)")
+    weights.add_flags(add)
+    add("--pool", choices=("mean", "class"), help="what the head of a public classifier sees, if its file does not say")
     add("--device", default="auto", help="cpu, cuda, mps, ...")
     add("--seed", type=int, default=0, help="of the masked patches and the random criterion")
     add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
@@ -91,24 +94,25 @@ def draw_patches(
 ) -> Image.Image:
     """What PTR keeps of images, stage by stage, and what a classifier says of them, with PTR as it was `trained`."""
     method = checkpoint.get("method")
-    weights = args.weights or ("teacher" if method == "pcae" else "student")
-    num_prefix = 0 if (method, weights) == ("pcae", "teacher") else 1  # that one runs without class token
+    which = args.weights or ("teacher" if method == "pcae" else "student")
+    num_prefix = 0 if (method, which) == ("pcae", "teacher") else 1  # that one runs without class token
     classifier = None
-    if weights == "student" and "head.weight" in find_weights(checkpoint):
-        classifier = load_classifier(checkpoint).to(device).eval()
-    encoder = classifier.encoder if classifier else load_encoder(checkpoint, weights=weights).to(device).eval()
+    if which == "student" and "head.weight" in find_weights(checkpoint):
+        classifier = load_classifier(checkpoint, pool=args.pool, **told(args)).to(device).eval()
+    encoder = classifier.encoder if classifier else load_encoder(checkpoint, weights=which, **told(args))
+    encoder.to(device).eval()
     channels, patch_size, depth = (encoder.arguments[name] for name in ("channels", "patch_size", "depth"))
     ptr = runs.token_reduction(args, depth, args.drop_ratio)
 
     # Images, uint8 (B, 3, H, W), and the patches of them that PTR is given, (B, n)
-    view = data.CenterView(encoder.image_size, margin=8 / 7)  # what classifiers are scored on
+    view = data.CenterView(encoder.image_size, data.evaluation_margin(encoder.image_size))
     images = [view(image) for image in read_images(args.images, args.limit)]
     if not images:
         named = argparse.Namespace(**vars(args), image_size=encoder.image_size, download=False)
         images = [view(image) for image, _ in data.validation_images(named, limit=args.limit)]
     images = torch.stack(images)
     images = images if channels == 3 else tvf.rgb_to_grayscale(images, 3)
-    inputs = data.Normalize(channels).to(device)(images[:, :channels])
+    inputs = data.normalize_for(encoder).to(device)(images[:, :channels])
     patch_ids = torch.arange(encoder.num_patches).expand(len(images), -1)
     if args.masked:
         noise = torch.rand(patch_ids.shape, generator=training.generator(args.seed, "split"))
@@ -204,7 +208,7 @@ def draw_curves(folders: list[str], metrics: list[str] | None) -> Any:
     logs = {}
     for folder in folders:
         try:
-            logs[folder] = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+            logs[folder] = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open(encoding="utf-8")]
         except (OSError, ValueError) as error:
             raise SystemExit(f"error: --log {folder} holds no metrics.jsonl that can be read ({error})") from None
     known = dict.fromkeys(name for log in logs.values() for row in log for name in row if name not in ("epoch", "step"))
@@ -235,6 +239,8 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(drop_ratio, list):  # finetune.py and detect.py take several
             drop_ratio = drop_ratio[0]
         kept = {name: config[name] for name in KEPT if name in config}
+        if runs.given(parser, argv) & {"drop_stages", "drop_at"}:
+            kept["drop_blocks"] = None
         if kept.get("data") not in data.SETS:  # a folder, or a detector's scenes
             kept.pop("data", None)
         parser.set_defaults(**kept, drop_ratio=drop_ratio)

@@ -1,8 +1,9 @@
 """Encoders and classifiers from files, ours or public (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm), and out for timm."""
 
+import argparse
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+import runs
 from beit import BEiT, build_encoder, num_distances, resize_table
-from model import MODELS, Classifier, ViT, grid_size
+from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT, grid_size
 
 # What DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we put into a name.
 WRAPPERS = (
@@ -26,6 +28,31 @@ ESSENTIAL = (
     "blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens",
     "rel_pos", "rope",
 )  # fmt: skip
+
+# --- what a file does not say -----------------------------------------------------------------------------------------
+
+
+def add_flags(add: Callable[..., Any]) -> None:
+    """Flags for what a public file does not say of its ViT; our own files say it."""
+    add("--heads", type=int, help="attention heads of a public file (default: those of the usual ViT of its width)")
+    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of a public file (default: a square)")
+    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{name} of the pixels, between 0 and 1, "
+            f"that a public file was made for (default: ImageNet's, {' '.join(map(str, usual))})")
+
+
+def told(args: argparse.Namespace) -> dict[str, Any]:
+    """These flags, for `load_encoder` and `load_classifier`."""
+    return {name: getattr(args, name) for name in ("heads", "grid", "mean", "std")}
+
+
+def check_flags(given: set[str], file: str) -> None:
+    """Refuse flags about a new encoder beside a `file` that holds one, and flags about a file where there is none."""
+    if file == "none":
+        runs.reject(given & {"weights", "heads", "grid", "mean", "std"}, "for a file, not for --init none")
+    else:
+        runs.reject(given & {"model", "patch_size", "channels"}, f"for --init none; {file} holds an encoder of its own")
+
 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
@@ -78,12 +105,12 @@ def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_arguments(
-    tensors: dict[str, Tensor], heads: int | None = None, image_size: tuple[int, int] | None = None
+    tensors: dict[str, Tensor], heads: int | None = None, grid: tuple[int, int] | None = None
 ) -> dict[str, Any]:
     """The arguments of the ViT that these weights are of. Raises ValueError.
 
     They do not say how many `heads` they are for, but for BEiT's: by default as many as the usual model of this width
-    has; nor for which grid: that of `image_size` (H, W) where it has as many patches, else a square one.
+    has; nor for which `grid` (rows, columns): by default a square one.
     """
     table = tensors.get(f"blocks.0.attn.{TABLE}")
     positions = "pos_embed" if table is None else f"blocks.0.attn.{TABLE}"
@@ -101,17 +128,13 @@ def infer_arguments(
         raise ValueError(f"it is for images of {channels} channels; here they have 3 (colour) or 1 (grey)")
     if table is None:
         count, count_of = tensors["pos_embed"].shape[1], lambda grid: 1 + math.prod(grid)
-        grid = (math.isqrt(count - 1),) * 2
+        square = math.isqrt(count - 1)
     else:
         count, count_of = len(table), num_distances
-        grid = ((math.isqrt(count - 3) + 1) // 2,) * 2
-    if image_size is not None and count_of(grid_size(image_size, patch_size)) == count:
-        grid = grid_size(image_size, patch_size)
+        square = (math.isqrt(count - 3) + 1) // 2
+    grid = tuple(grid or (square, square))
     if count_of(grid) != count:
-        raise ValueError(
-            f"its {positions} of {count} is not that of a class token and a square of patches (--image-size can name "
-            "another grid)"
-        )
+        raise ValueError(f"its {positions} of {count} is not of class token and {grid[0]} x {grid[1]} patches (--grid)")
     usual = {size["dim"]: size["heads"] for size in MODELS.values()}
     if table is not None:
         if heads not in (None, table.shape[1]):
@@ -143,23 +166,37 @@ def load_encoder(
     weights: str = "student",
     image_size: tuple[int, int] | None = None,
     heads: int | None = None,
+    grid: tuple[int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     drop_path: float = 0.0,
     log: Callable[[str], None] = print,
 ) -> ViT:
     """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
 
-    `image_size` (H, W) other than the checkpoint's resizes the positions, absolute or relative. `log` gets a line on
-    what matched. Raises ValueError where it is neither a plain ViT nor a BEiT, a shape differs, or less than 90 % of
-    the encoder's tensors are there.
+    `image_size` (H, W) other than the checkpoint's resizes the positions, absolute or relative. `heads`, `grid`, `mean`
+    and `std` (of pixels) are for what a public file does not say. `log` gets a line on what was assumed and one on what
+    matched. Raises ValueError where the file is neither a plain ViT nor a BEiT, or not whole, or a shape differs.
     """
-    tensors = find_weights(checkpoint, weights)
+    tensors, told = find_weights(checkpoint, weights), dict(mean=mean, std=std)
     if "encoder" in checkpoint and "config" in checkpoint:  # ours says what it is
         arguments = checkpoint["encoder"]
+        for name, value in dict(heads=heads, grid=grid, **told).items():
+            if value is not None:
+                raise ValueError(f"it is one of this project's files, which say what they are: leave out --{name}")
     else:
-        arguments = infer_arguments(tensors, heads, image_size)
+        arguments = infer_arguments(tensors, heads, grid) | {name: value for name, value in told.items() if value}
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # its ViT-S has twice the usual number
+        if not {"norm.weight", "fc_norm.weight"} & tensors.keys():
+            raise ValueError("it has no last norm: is it one of several files of a larger model?")
+        rows, columns = grid_size(arguments["image_size"], arguments["patch_size"])
+        assumed = [] if grid else [f"{rows} x {columns} patches (--grid)"]
+        assumed += [] if heads or "relative_positions" in arguments else [f"{arguments['heads']} heads (--heads)"]
+        assumed += [] if mean and std else ["ImageNet's mean and standard deviation of pixels (--mean, --std)"]
+        if assumed:
+            log(f"assumed {', '.join(assumed)}; the file says {arguments['depth']} blocks, but not these")
     encoder = build_encoder(arguments | dict(image_size=image_size or arguments["image_size"]), drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
     if old_grid != encoder.grid:
@@ -173,22 +210,23 @@ def load_encoder(
 
 
 def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], None] = print) -> None:
-    """Copy what `tensors` have of an encoder's weights, and log it. Raises ValueError as `load_encoder` does."""
+    """Copy an encoder's weights from `tensors`, and log what matched. Raises ValueError as `load_encoder` does.
+
+    A last norm may be missing, which a mean-pooled classifier does not have, and biases of qkv, which are zeros then.
+    """
     own = encoder.state_dict()
     matched = {name: tensors[name] for name in own if name in tensors}
     missing = [name for name in own if name not in tensors]
-    left_over = [name for name in tensors if name not in own]
+    left_over = [name for name in tensors if name not in own and not name.startswith("fc_norm.")]  # of a classifier
     foreign = [name for name in left_over if name.startswith(ESSENTIAL)]
     if foreign:
         raise ValueError(f"it is not a plain ViT, but has {', '.join(foreign[:3])} besides")
     for name, tensor in matched.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
-    # Of tensors, not numbers: biases and norms are few numbers. A mean-pooled classifier has no final norm.
-    inner = [name for name in own if not name.startswith("norm.")]
-    share = sum(name in matched for name in inner) / len(inner)
-    if share < 0.9:
-        raise ValueError(f"only {share:.0%} of the encoder is there; missing: {', '.join(missing[:5])}, ...")
+    needed = [name for name in missing if not name.startswith("norm.") and not name.endswith("attn.qkv.bias")]
+    if needed:
+        raise ValueError(f"it is not whole: {len(needed)} tensors are missing: {', '.join(needed[:5])}, ...")
     encoder.load_state_dict(matched, strict=False)
 
     def few(names: list[str]) -> str:
@@ -204,14 +242,13 @@ def load_classifier(
     checkpoint: dict[str, Any],
     *,
     pool: str | None = None,
-    image_size: tuple[int, int] | None = None,
-    heads: int | None = None,
     log: Callable[[str], None] = print,
+    **options: Any,
 ) -> Classifier:
-    """The classifier in a loaded checkpoint of `finetune.py`, or a public one. Raises ValueError.
+    """The classifier in a loaded checkpoint of `finetune.py`, or a public one; `options` are those of `load_encoder`.
 
-    A public file with `fc_norm` pools the mean (MAE); one without it the class token (DeiT, timm), unless `pool` says
-    otherwise.
+    A public file with `fc_norm` pools the mean (MAE). Without, both are possible, and `pool` has to say. Raises
+    ValueError.
     """
     tensors = find_weights(checkpoint)
     head = tensors.get("head.weight")
@@ -220,12 +257,15 @@ def load_classifier(
     known = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else None)
     if pool not in (None, known or pool):
         raise ValueError(f"it was made for the other way to pool (--pool {known})")
+    if (pool or known) is None:
+        raise ValueError("it does not say what its head sees: --pool class (DeiT, most of timm) or --pool mean")
     top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
-    below = {name: tensor for name, tensor in tensors.items() if name not in top}
+    below = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     ours = {name: checkpoint[name] for name in ("config", "encoder") if name in checkpoint}
-    encoder = load_encoder(ours | dict(model=below), image_size=image_size, heads=heads, log=log)
-    model = Classifier(encoder, len(head), pool=known or "class", frozen="fc_norm.running_mean" in tensors)
-    model.pool = known or pool or "class"
+    encoder = load_encoder(ours | dict(model=below), log=log, **options)
+    by = "mean" if "fc_norm.weight" in tensors else "class"  # where the norm is; an exported probe's is the encoder's
+    model = Classifier(encoder, len(head), pool=by, frozen="fc_norm.running_mean" in tensors)
+    model.pool = known or pool
     try:
         missing = model.load_state_dict(top, strict=False).missing_keys
     except RuntimeError as error:  # the last line names a tensor and its shapes
@@ -255,8 +295,13 @@ def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
     return tensors
 
 
-def timm_call(model: ViT | Classifier) -> str:
-    """The call that makes the timm model which these weights fit, strictly."""
+def model_name(encoder: ViT) -> str | None:
+    """The name in MODELS of an encoder's size."""
+    return next((name for name, size in MODELS.items() if size.items() <= encoder.arguments.items()), None)
+
+
+def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
+    """The call that makes the timm model which these weights fit, strictly, with the weights in the file `path`."""
     encoder = model.encoder if isinstance(model, Classifier) else model
     sizes = encoder.arguments
     usual = {size["dim"]: name for name, size in MODELS.items() if name != "vit_mini"}
@@ -268,4 +313,5 @@ def timm_call(model: ViT | Classifier) -> str:
     if isinstance(model, Classifier):
         options |= dict(num_classes=model.head.out_features, global_pool="avg" if model.pool == "mean" else "token")
         options |= dict(fc_norm=False) if model.frozen else {}
+    options |= dict(checkpoint_path=path) if path else {}
     return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())})"

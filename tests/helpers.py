@@ -30,7 +30,7 @@ def flags(**settings):
 def train(script, out, **settings):
     """Run a script in this process; returns its last checkpoint."""
     importlib.import_module(script).main(flags(out=out, **settings))
-    return runs.load(out / "last.pt")
+    return runs.load(out / ("dry-run" if settings.get("dry_run") else ".") / "last.pt")
 
 
 def batches_of(loader, epochs):

@@ -174,9 +174,8 @@ def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
 
 
 @pytest.mark.parametrize("name", [*data.SETS, "some/folder"])
-def test_what_no_flag_gives_is_filled_in(monkeypatch, name):
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(os.cpu_count()))  # so that each process has one core
-    expected = dict(workers=1) | data.SETS.get(name, data.FOLDER)
+def test_what_no_flag_gives_is_filled_in(name):
+    expected = data.SETS.get(name, data.FOLDER)
     args = flags(data=name, **dict.fromkeys(expected))
     data.fill_in(args)
     assert {key: getattr(args, key) for key in expected} == expected and args.image_size[0] % args.patch_size == 0
@@ -249,6 +248,7 @@ def test_center_view():
     assert torch.equal(CenterView((32, 32))(tall), tall[:, 19:51])
     (square, _), (view, *_) = numbered(1)[0], data.evaluation_views(numbered(1), flags(image_size=[42]))[0, 0]
     assert torch.equal(view, square[:, 3:45, 3:45]), "42 of 48, as 224 of 256"
+    assert [data.evaluation_margin((side, 64)) for side in (64, 224, 256)] == [8 / 7, 8 / 7, 1], "as MAE's"
     assert torch.equal(data.pretraining_view((24, 40), min_crop=1)(fits), fits)
     for size in ((1, 9), (7, 3), (17, 90)):
         assert (CenterView((33, 21), margin=8 / 7)(torch.full((3, *size), 77).byte()) == 77).all(), "no black borders"

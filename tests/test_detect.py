@@ -186,7 +186,7 @@ def test_scoring_takes_each_readable_image_once_and_uses_ptr(folder):
 
 def test_run_folder(folder):
     out = folder / "whole"
-    assert {path.name for path in out.iterdir()} == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in out.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt", "best.pt"}
     last, best, rows = runs.load(out / "last.pt"), runs.load(out / "best.pt"), log(out)
     assert last["history"] == rows and [(row["epoch"], row["step"]) for row in rows] == [(1, 2), (2, 4)]
     assert all(g["lr"] == pytest.approx(g["lr_scale"] * rows[-1]["lr"]) for g in last["optimizer"]["param_groups"])

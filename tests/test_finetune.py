@@ -69,7 +69,7 @@ def logits_of(path, images, ptr=NO_PTR, pool=None):
 
 
 def test_what_a_run_leaves(finished, folder):
-    assert {path.name for path in finished.iterdir()} == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert {path.name for path in finished.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt", "best.pt"}
     last, best = runs.load(finished / "last.pt"), runs.load(finished / "best.pt")
     assert (last["method"], last["epoch"], last["step"], last["classes"]) == ("finetune", 6, 18, NAMES)
     assert json.loads((finished / "args.json").read_text())["epochs"] == last["config"]["epochs"] == 6
@@ -125,7 +125,7 @@ def test_starts_from_init(tmp_path, folder, pretrained, weights):
     ("norm", dict(layer_decay=0, pool="class")), ("none", dict(linear_probe=True, drop_path=0.5, weight_decay=0.3)),
 ])  # fmt: skip
 def test_what_is_trained(tmp_path, folder, pretrained, moving, changes):
-    """All of it; with a layer decay of zero only what is behind the blocks; of a probe the head and BatchNorm."""
+    """All of it; with a layer decay of zero only what is behind the blocks; of a probe the head alone."""
     end = train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, epochs=10) | changes)["model"]
     assert log(tmp_path)[-1]["loss"] < log(tmp_path)[0]["loss"]
     start = {f"encoder.{name}": tensor for name, tensor in runs.load(pretrained)["student"].items()}
@@ -164,7 +164,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path, folder):
 
 
 def test_micro_batches_and_two_processes_equal_one(tmp_path, folder):
-    """All 17 images are scored, with what is saved: while a probe trains, each process has BatchNorm's statistics."""
+    """All 17 images are scored, with what is saved, also of a probe, whose statistics are of all processes."""
     settings = SCRATCH | dict(data=folder, epochs=1, warmup_epochs=0)
     whole = train("finetune", tmp_path / "whole", **settings)
     helpers.assert_close_runs(whole, train("finetune", tmp_path / "parts", **settings, micro_batch=4), ["model"])
@@ -219,7 +219,7 @@ def test_knn(folder, pretrained, capsys, by):
 def test_eval(finished, folder, capsys):
     """The data, and how to drop tokens, are those of training where no flag says otherwise."""
     words = flags(eval=finished / "last.pt", workers=0, device="cpu")
-    assert runs.parse(finetune.arguments(), finetune.RECIPES, words, finetune.KEPT)[0].drop_ratio == [0.4]
+    assert runs.parse(finetune.arguments(), finetune.RECIPES, words, 0.1, finetune.KEPT)[0].drop_ratio == [0.4]
     finetune.main([*words, "--drop-ratio", "0", "0.4"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +0(\.\d+)? ", line)]
     images, labels = images_of(folder / "val")
@@ -236,7 +236,7 @@ def test_an_exported_classifier_gives_the_same_logits(tmp_path, folder, finished
         path = tmp_path / "best.pt"
         train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, linear_probe=True))
     finetune.main(flags(init=path, export=tmp_path / "new/timm.pt"))
-    exported = logits_of(tmp_path / "new/timm.pt", images, pool="mean")  # which the file of a probe cannot tell
+    exported = logits_of(tmp_path / "new/timm.pt", images)
     torch.testing.assert_close(exported, logits_of(path, images))
 
 

@@ -22,7 +22,8 @@ def parse(*words, kept=()):
     runs.add_flags(parser, RECIPES, out="runs/script", files="some")
     for flag, kind, default in (("epochs", int, 10), ("rate", float, 0.5), ("workers", int, 0), ("eval", str, None)):
         parser.add_argument(f"--{flag}", type=kind, default=default)
-    return vars(runs.parse(parser, RECIPES, [str(word) for word in words], kept)[0])
+    parser.add_argument("--warmup-epochs", type=float)
+    return vars(runs.parse(parser, RECIPES, [str(word) for word in words], warmup_ratio=0.1, kept=kept)[0])
 
 
 @pytest.fixture
@@ -30,8 +31,8 @@ def run(tmp_path):
     """The folder of a run whose settings are defaults, a recipe's and flags."""
     out = tmp_path / "run"
     args = argparse.Namespace(**parse("--recipe", "big", "--rate", 3, "--workers", 2, "--out", out))
-    runs.prepare_folder(args)
-    runs.save_run(args, dict(method="script", weights=torch.arange(3.0), optimizer={}, history=HISTORY), is_best=True)
+    content = dict(method="script", weights=torch.arange(3.0), optimizer={}, history=HISTORY)
+    runs.RunFolder(args).save(content, is_best=True)
     return out
 
 
@@ -73,35 +74,31 @@ def test_one_epoch_of_any_recipe(script):
     """Warm-ups made for long runs give way; no other."""
     for recipe in script.RECIPES:
         for words in (["--epochs", "1"], ["--dry-run"]):
-            args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words])
-            runs.settle_epochs(args, warmup_share=0.1)
+            args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words], warmup_ratio=0.1)
             assert args.epochs == 1 and 0 < args.warmup_epochs < 1
-    args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"])
-    runs.settle_epochs(args, warmup_share=0.1)
+    args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"], 0.1)
     assert args.warmup_epochs == 3
 
 
 def test_a_run_folder(run):
-    """What is logged is what last.pt holds; another run moves it aside, the same one does not."""
+    """What is logged is what last.pt holds; another run moves it into earlier-N, the same one does not."""
     last, best = runs.load(run / "last.pt"), runs.load(run / "best.pt")
     assert last.keys() - best.keys() == {"optimizer"} and torch.equal(last["weights"], torch.arange(3.0))
     assert [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == HISTORY
     assert json.loads((run / "args.json").read_text()) == last["config"]
-    runs.prepare_folder(argparse.Namespace(**parse("--resume", run / "last.pt")))
+    runs.RunFolder(argparse.Namespace(**parse("--resume", run / "last.pt")))
     before = {path.name: path.read_bytes() for path in run.iterdir()}
-    assert before.keys() == {"args.json", "metrics.jsonl", "last.pt", "best.pt"}
+    assert before.keys() == {".lock", "args.json", "metrics.jsonl", "last.pt", "best.pt"}
     for seed in (1, 2):
-        args = argparse.Namespace(**parse("--out", run, "--seed", seed))
-        runs.prepare_folder(args)
-        runs.save_run(args, dict(history=[]))
-    assert before == {path.name: path.read_bytes() for path in run.with_name("run-1").iterdir()}
-    assert [runs.load(run.with_name(name) / "last.pt")["config"]["seed"] for name in ("run-2", "run")] == [1, 2]
+        runs.RunFolder(argparse.Namespace(**parse("--out", run, "--seed", seed))).save(dict(history=[]))
+    assert before == {path.name: path.read_bytes() for path in (run / "earlier-1").iterdir()} | {".lock": b""}
+    assert [runs.load(path / "last.pt")["config"]["seed"] for path in (run / "earlier-2", run)] == [1, 2]
 
 
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="--out"):
-        runs.prepare_folder(argparse.Namespace(**parse("--out", tmp_path / "file")))
+        runs.RunFolder(argparse.Namespace(**parse("--out", tmp_path / "file")))
 
 
 def test_a_failed_write_leaves_the_old_file(run):

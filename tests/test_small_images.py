@@ -100,7 +100,7 @@ def test_what_is_not_cropped_is_the_centre(size, margin):
 
 
 def test_which_views_training_takes():
-    args = argparse.Namespace(min_crop=0.5, channels=1, seed=0, image_size=[16])
+    args = argparse.Namespace(min_crop=0.5, flip=True, channels=1, seed=0, image_size=[16])
     augment = data.augmentations(rand_augment=9, erasing=0.9)
     at_once, one_by_one = (data.training_views(numbered(8), args, (16, 16), "cpu", some) for some in ([], augment))
     for views in (at_once, one_by_one, data.evaluation_views(numbered(8), args)):

@@ -25,13 +25,13 @@ IMAGES = Shapes("val", 3, (32, 32)).images
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Two steps of each script: PCAE's a/last.pt, b.pt of a classifier with strong opinions, a detector's c/best.pt."""
+    """Two steps of each script: PCAE's in `a`, a detector's in `c`; b.pt is a classifier with strong opinions."""
     folder = tmp_path_factory.mktemp("runs")
-    flags = f"--dry-run --device cpu --init {folder}/a/last.pt --data-root {folder} --out {folder}".split()
+    flags = f"--dry-run --device cpu --init {folder}/a/dry-run/last.pt --data-root {folder} --out {folder}".split()
     pretrain.main(["--limit", "128", "--knn-every", "0", *flags[:3], "--out", f"{folder}/a"])
     finetune.main(["--limit", "128", "--drop-ratio", "0.3", *flags[:-1], f"{folder}/b"])
     detect.main(["--limit", "4", "--batch-size", "2", "--short-side", "32", *flags[:-1], f"{folder}/c"])
-    classifier = runs.load(folder / "b/best.pt")
+    classifier = runs.load(folder / "b/dry-run/best.pt")
     classifier["model"]["head.weight"] *= 100
     torch.save(classifier, folder / "b.pt")
     return folder
@@ -64,7 +64,7 @@ def patches_of(picture, columns):
     (["--weights", "student", "--drop-ratio", 0.25, "--drop-blocks", 1, 3], "student", True, PTR((1, 3), 0.25), 64),
 ])  # fmt: skip
 def test_what_is_left_of_the_input_is_what_the_encoder_keeps(folder, words, weights, class_token, ptr, num_given):
-    picture = draw(folder, *words, "--checkpoint", folder / "a/last.pt", "--limit", 3)
+    picture = draw(folder, *words, "--checkpoint", folder / "a/dry-run/last.pt", "--limit", 3)
     found, original = patches_of(picture, 1 + len(ptr.blocks)), patchify(IMAGES, 4)
     assert torch.equal(found[:, 0], original)
     stages = (found[:, 1:] == original[:, None]).all(dim=3)  # (3, S, 64)
@@ -72,7 +72,7 @@ def test_what_is_left_of_the_input_is_what_the_encoder_keeps(folder, words, weig
     assert (stages.sum(dim=2) == torch.tensor(counts[1:])).all()
     given = stages[:, 0] | (found[:, 1] < 190).all(dim=2)  # what PTR is not given is pale
     ids = given.nonzero()[:, 1].view(3, num_given)
-    encoder = load_encoder(runs.load(folder / "a/last.pt"), weights=weights).eval()
+    encoder = load_encoder(runs.load(folder / "a/dry-run/last.pt"), weights=weights).eval()
     kept = encoder(data.Normalize()(IMAGES), ids, class_token=class_token, ptr=ptr).patch_ids
     assert torch.equal(stages[:, -1], torch.zeros(3, 64, dtype=torch.bool).scatter(1, kept, True))
 
@@ -80,7 +80,7 @@ def test_what_is_left_of_the_input_is_what_the_encoder_keeps(folder, words, weig
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_heat_maps_show_the_scores_that_decide(folder, criterion):
     flags = "--heatmap", "--criterion", criterion, "--limit", 3
-    found = patches_of(draw(folder, *flags, "--checkpoint", folder / "a/last.pt"), 7)
+    found = patches_of(draw(folder, *flags, "--checkpoint", folder / "a/dry-run/last.pt"), 7)
     heat = found[..., ::16].int().sum(dim=3)  # of a pixel: from black to white first red grows, then green, then blue
     shown = (found == found[:, :1]).all(dim=3)  # (3, 7, 64): columns 1, 3 and 5 hold scores
     for i in (1, 3, 5):
@@ -106,12 +106,12 @@ def test_a_classifier_answers_of_files_as_it_was_trained(folder, tmp_path, writt
 
 @torch.no_grad()
 def test_detections_are_drawn_where_they_are(folder, written):
-    checkpoint = runs.load(folder / "c/best.pt")
+    checkpoint = runs.load(folder / "c/dry-run/best.pt")
     model = detect.load_detector(argparse.Namespace(**checkpoint["config"]), checkpoint).eval()
     (found,) = model([draw_scene("val", 0, (32, 32))[0] / 255])
     threshold = found["scores"].median().item()
     sure = found["scores"] >= threshold
-    flags = "--checkpoint", folder / "c/best.pt", "--limit", 1, "--score-threshold"
+    flags = "--checkpoint", folder / "c/dry-run/best.pt", "--limit", 1, "--score-threshold"
     bare, picture = draw(folder, *flags, 2), draw(folder, *flags, threshold)
     names = [checkpoint["categories"][label - 1][1] for label in found["labels"][sure]]
     assert [text.split()[0] for text in written] == names and len(names) < len(sure)
@@ -130,9 +130,9 @@ def test_curves(folder, tmp_path):
     panels = visualize.draw_curves([str(tmp_path)], ["loss", "knn"]).axes
     curves = [[line.get_xydata().tolist() for line in panel.lines] for panel in panels]
     assert curves == [[[[1, 2.0], [2, 1.0]]], [[[0, 0.1], [2, 0.5]]]]
-    assert draw(folder, "--log", folder / "a", folder / "b").float().std() > 0
+    assert draw(folder, "--log", folder / "a/dry-run", folder / "b/dry-run").float().std() > 0
 
 
 def test_what_does_not_fit_is_said_in_a_sentence(folder):
     with pytest.raises(SystemExit, match="^error: [^\n]+$"):
-        draw(folder, "--checkpoint", folder / "a/last.pt", "--drop-stages", 9)
+        draw(folder, "--checkpoint", folder / "a/dry-run/last.pt", "--drop-stages", 9)

@@ -1,0 +1,264 @@
+"""No number is wrong without a word: what a public file does not say, what an export says, and a probe's statistics."""
+
+import argparse
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.transforms.v2 import functional as tvf
+
+import data
+import detect
+import finetune
+import helpers
+import runs
+import visualize
+from helpers import flags, train
+from image_files import class_folders
+from model import MODELS, NO_PTR, Classifier, ViT
+from ptr import PTR, drop_blocks
+from weights import find_weights, load_classifier, load_encoder, resize_positions, timm_weights
+
+quiet = [].append
+HALF = (0.5, 0.5, 0.5)
+SIZE = (16, 64)  # two rows of eight patches: as many as in a square of four by four
+TOLD = dict(heads=12, grid=[2, 8], mean=[*HALF], std=[*HALF])
+TINY = dict(data="shapes", limit=64, batch_size=16, epochs=1, image_size=16, workers=0, device="cpu")
+
+
+def score(capsys, path, **settings):
+    """What `--eval` prints, and the top-1 accuracy in it."""
+    capsys.readouterr()
+    finetune.main(flags(eval=path, workers=0, device="cpu", **settings))
+    out = capsys.readouterr().out
+    return out, out.split("speed-up\n")[-1].split()[3]
+
+
+def save_public(path, model):
+    torch.save(dict(model=timm_weights(model)), path)
+    return path
+
+
+# --- a public file ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(72, 128), (128, 72), (48, 192), (72, 132), (96, 96), (48, 48)])
+@pytest.mark.parametrize("load", [load_encoder, lambda *args, **options: load_classifier(*args, **options).encoder])
+def test_positions_of_a_square_are_resized_for_any_grid(size, load):
+    """Also for one that has as many patches as the square."""
+    model = Classifier(ViT((96, 96), 4, dim=192, depth=1, heads=3), 2)
+    encoder = load(dict(model=timm_weights(model)), image_size=size, log=quiet)
+    expected = resize_positions(model.encoder.pos_embed, (24, 24), (size[0] // 4, size[1] // 4))
+    assert F.cosine_similarity(encoder.pos_embed[0, 1:], expected[0, 1:], dim=1).min() > 0.9999
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def unusual(tmp_path_factory):
+    """A public classifier of an unusual kind, and images whose classes are its answers."""
+    folder = tmp_path_factory.mktemp("unusual")
+    torch.manual_seed(0)
+    model = Classifier(ViT(SIZE, 8, dim=192, depth=2, heads=12, mean=HALF, std=HALF), 2, pool="class").eval()
+    for parameter in model.parameters():
+        parameter += 0.2 * torch.randn_like(parameter)
+    images = torch.randint(256, (200, 3, *SIZE)).byte()
+    views = torch.stack([data.CenterView(SIZE, data.evaluation_margin(SIZE))(image) for image in images])
+    margins = model(data.Normalize(3, HALF, HALF)(views)).diff(dim=1).flatten()
+    model.head.bias[0] += margins.sort().values[99:101].mean()
+    for i, (image, margin) in enumerate(zip(images, margins, strict=True)):
+        path = folder / "val" / ("b" if margin > margins.sort().values[99] else "a") / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tvf.to_pil_image(image).save(path)
+    save_public(folder / "public.pth", model)
+    return folder
+
+
+@pytest.mark.parametrize("left_out", [None, *TOLD])
+def test_flags_say_what_the_file_does_not(unusual, capsys, left_out):
+    """With all of them each answer is right; what is left out is assumed, in a line that names the flag."""
+    told = {name: value for name, value in TOLD.items() if name != left_out}
+    path, size = unusual / "public.pth", dict(image_size=[*SIZE])
+    out, top1 = score(capsys, path, data=unusual, pool="class", **size, **told)
+    assert (top1 == "100.0%") == (left_out is None)
+    named = [name for name in TOLD if f"--{name}" in out]
+    assert named == (["mean", "std"] if left_out in ("mean", "std") else [left_out] if left_out else [])
+    assert left_out or load_classifier(runs.load(path), pool="class", **told).encoder.arguments["mean"] == HALF
+    with pytest.raises(SystemExit, match="--pool"):
+        score(capsys, path, data=unusual, **size, **told)
+
+
+@pytest.mark.parametrize("lacking", ["norm.", "blocks.1.", "blocks.1.mlp.fc1.", "blocks.0.norm1.bias", "cls_token"])
+def test_a_part_of_a_larger_model_is_refused(tmp_path, lacking):
+    """Such as the first of several files, which has no last norm, or a later one, which lacks blocks."""
+    tensors = timm_weights(Classifier(ViT((16, 16), 4, dim=192, depth=3, heads=3), 2, pool="class"))
+    part = {name: tensor for name, tensor in tensors.items() if not name.startswith(lacking)}
+    for load, options in ((load_encoder, {}), (load_classifier, dict(pool="class"))):
+        load(dict(model=dict(tensors)), log=quiet, **options)
+        with pytest.raises(ValueError):
+            load(dict(model=dict(part)), log=quiet, **options)
+    torch.save(part, tmp_path / "part.pth")
+    with pytest.raises(SystemExit, match="part.pth"):
+        train("finetune", tmp_path / "run", init=tmp_path / "part.pth", **TINY)
+
+
+@torch.no_grad()
+def test_missing_biases_of_qkv_are_zeros():
+    vit = ViT((16, 16), 4, dim=192, depth=2, heads=3).eval()
+    tensors = {name: tensor for name, tensor in vit.state_dict().items() if not name.endswith("qkv.bias")}
+    for block in vit.blocks:
+        block.attn.qkv.bias.zero_()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(load_encoder(tensors, log=quiet).eval()(images).tokens, vit(images).tokens)
+
+
+# --- flags beside a file ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """A public ViT-Tiny of one channel and patches of 8 pixels: no script has such a default."""
+    vit = ViT((16, 16), 8, channels=1, **MODELS["vit_tiny"])
+    return save_public(tmp_path_factory.mktemp("grey") / "vit.pth", vit)
+
+
+@pytest.mark.parametrize("script, file, changes", [
+    *(("finetune", "init", change) for change in (dict(model="vit_mini"), dict(patch_size=8), dict(channels=1))),
+    ("finetune", "eval", dict(patch_size=8)), ("detect", "init", dict(model="vit_mini")),
+    ("detect", "init", dict(patch_size=8)),
+])  # fmt: skip
+def test_flags_about_the_encoder_beside_a_file_are_refused(tmp_path, grey, script, file, changes):
+    """Also where they repeat a default, or what is so."""
+    (name,) = changes
+    with pytest.raises(SystemExit, match="--" + name.replace("_", "-")):
+        train(script, tmp_path / "run", **{file: grey}, limit=64, dry_run=True, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("script", ["finetune", "detect"])
+@pytest.mark.parametrize("name", ["heads", "grid", "mean", "std", "weights"])
+def test_flags_about_a_file_where_there_is_none_are_refused(tmp_path, script, name):
+    told = (TOLD | dict(weights="teacher"))[name]
+    with pytest.raises(SystemExit, match=f"--{name}"):
+        train(script, tmp_path / "run", init="none", limit=64, dry_run=True, **{name: told})
+
+
+def test_what_is_recorded_is_what_was_trained(tmp_path, grey):
+    small = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data", epochs=1)
+    for script, settings in (("finetune", TINY), ("detect", small | dict(device="cpu"))):
+        out, told = tmp_path / script, dict(mean=[*HALF], std=[*HALF])
+        encoder = train(script, out, init=grey, **settings, **told)["encoder"]
+        recorded = json.loads((out / "args.json").read_text())
+        assert (recorded["model"], recorded["patch_size"]) == ("vit_tiny", 8) and encoder["mean"] == HALF
+        assert script == "detect" or recorded["channels"] == 1
+        train(script, out, resume=True, init=grey, **settings, **told)  # the same command goes on
+
+
+def test_flags_about_where_tokens_are_dropped_overrule_named_blocks(tmp_path, grey):
+    checkpoint = train("finetune", tmp_path / "a", init=grey, drop_ratio=0.2, drop_blocks=[4], **TINY)
+    detector = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data", device="cpu")
+    train("detect", tmp_path / "b", init=grey, drop_ratio=0.2, drop_blocks=[4], epochs=1, **detector)
+    assert checkpoint["config"]["drop_blocks"] == [4]
+    for script, out in ((finetune, "a"), (detect, "b")):
+        for changes, blocks in ((dict(), (4,)), (dict(drop_stages=2), drop_blocks(12, 2, "start"))):
+            words = flags(eval=tmp_path / out / "last.pt", **changes)
+            args, _ = runs.parse(script.arguments(), script.RECIPES, words, 0.1, script.KEPT)
+            assert runs.token_reduction(args, 12, 0.2).blocks == blocks
+    pictures = []
+    for changes in (dict(), dict(drop_stages=2), dict(drop_blocks=[*drop_blocks(12, 2, "start")])):
+        path = tmp_path / "picture.png"
+        visualize.main(flags(checkpoint=tmp_path / "a/last.pt", limit=2, out=path, device="cpu", **changes))
+        pictures.append(path.read_bytes())
+    assert pictures[0] != pictures[1] == pictures[2]
+
+
+# --- linear probes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of two classes: 47 to train on and one that cannot be read."""
+    folder = tmp_path_factory.mktemp("classes")
+    for i, name in enumerate(("ant", "bee")):
+        helpers.write_images(folder / "train" / name, 24, shade=30 * i)
+        helpers.write_images(folder / "val" / name, 9, shade=30 * i + 1)
+    (folder / "train/bee/0.bmp").write_bytes(b"no image")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    vit = ViT((16, 16), 4, dim=64, depth=2, heads=4)
+    return save_public(tmp_path_factory.mktemp("pretrained") / "vit.pth", vit)
+
+
+@torch.no_grad()
+def assert_statistics(checkpoint, folder, ptr=NO_PTR):
+    """Mean and variance are those of the features of all readable training images."""
+    model = load_classifier(checkpoint, log=quiet).eval()
+    views = data.evaluation_views(class_folders(folder / "train"), argparse.Namespace(image_size=[16], channels=3))
+    images = torch.stack([view for view, _, readable in (views[0, i] for i in range(48)) if readable])
+    features = model.features(data.Normalize()(images), ptr).double()
+    assert len(images) == 47
+    expected = features.var(dim=0, correction=0), features.mean(dim=0)
+    found = checkpoint["model"]["fc_norm.running_var"], checkpoint["model"]["fc_norm.running_mean"]
+    torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.parametrize("changes", [
+    dict(), dict(micro_batch=1), dict(micro_batch=1, batch_size=1, epochs=2), dict(batch_size=48, epochs=3),
+    dict(pool="class"), dict(drop_ratio=0.5, drop_blocks=0, min_crop=0.5),
+], ids=str)  # fmt: skip
+def test_a_probe_standardises_by_its_training_features(tmp_path, folder, pretrained, changes):
+    settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True, drop_path=0.5)
+    checkpoint = train("finetune", tmp_path, **settings | changes)
+    assert_statistics(checkpoint, folder, PTR((0,), 0.5) if "drop_ratio" in changes else NO_PTR)
+
+
+@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+def test_probes_do_not_depend_on_micro_batches_or_processes(tmp_path, folder, pretrained):
+    settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True, min_crop=0.5)
+    whole = train("finetune", tmp_path / "whole", **settings)
+    single = train("finetune", tmp_path / "single", micro_batch=1, **settings)
+    helpers.two_processes("finetune", settings | dict(out=tmp_path / "two"))
+    two = runs.load(tmp_path / "two/last.pt")
+    assert_statistics(two, folder)
+    for other in (single, two):
+        helpers.assert_close_runs(whole, other, ["model"])
+        assert whole["history"][-1]["top1"] == other["history"][-1]["top1"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("by", ["mean", "class"])
+def test_an_exported_probe_scores_as_the_probe(tmp_path, capsys, pretrained, suffix, by):
+    """Its file knows what it is; without that knowledge there is a question."""
+    if suffix == "safetensors":
+        pytest.importorskip("safetensors")
+    probe = dict(linear_probe=True, blr=0.5, pool=by) | TINY | dict(limit=256, epochs=3)
+    train("finetune", tmp_path / "run", init=pretrained, mean=[*HALF], **probe)
+    original, exported = tmp_path / "run/last.pt", tmp_path / f"vit.{suffix}"
+    finetune.main(flags(init=original, export=exported))
+    top1 = score(capsys, original, limit=500)[1]
+    out, again = score(capsys, exported, limit=500)
+    assert again == top1 and not any(f"--{name}" in out for name in (*TOLD, "pool"))
+    images, models = torch.randn(4, 3, 16, 16), [load_classifier(runs.load(path)) for path in (original, exported)]
+    with torch.no_grad():
+        torch.testing.assert_close(*(model.eval()(images) for model in models), atol=1e-4, rtol=1e-4)
+    assert models[1].encoder.arguments == models[0].encoder.arguments and models[1].pool == by
+    with pytest.raises(ValueError, match="--pool"):
+        load_classifier(find_weights(runs.load(exported)), log=quiet)
+    with pytest.raises(SystemExit, match="--mean"):
+        score(capsys, exported, mean=[*HALF])
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_the_printed_call_of_timm_loads_the_export(tmp_path, capsys, pretrained, suffix):
+    timm, exported = pytest.importorskip("timm"), tmp_path / f"vit.{suffix}"
+    train("finetune", tmp_path / "run", init=pretrained, linear_probe=True, **TINY)
+    finetune.main(flags(init=tmp_path / "run/last.pt", export=exported))
+    call = capsys.readouterr().out.strip().split("\n")[-1]
+    theirs, ours = eval(call, {"timm": timm}).eval(), load_classifier(runs.load(exported), log=quiet).eval()
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=1e-4)
