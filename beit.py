@@ -4,8 +4,8 @@ Each block adds to the attention of token i to token j a number for each head, b
 column(j) of their patches, from a table that is learned (Bao et al., BEiT, ICLR 2022). With a token PTR drops its bias.
 """
 
+import functools
 import math
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from model import NO_PTR, Block, Encoded, ViT
-from ptr import PTR
+from model import Block, ViT
 
 
 def num_distances(grid: tuple[int, int]) -> int:
@@ -22,6 +21,7 @@ def num_distances(grid: tuple[int, int]) -> int:
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
+@functools.lru_cache(maxsize=4)
 def relative_index(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
     """The table's row for each pair (query, key) of class token and patches, (1 + N, 1 + N), in BEiT's order.
 
@@ -61,26 +61,13 @@ class BEiT(ViT):
             table = torch.zeros(num_distances(self.grid), block.attn.heads)
             block.attn.relative_position_bias_table = nn.Parameter(table)
 
-    def encode(
-        self, x: Tensor, patch_ids: Tensor, ptr: PTR = NO_PTR, taps: Collection[int] = (),
-        grid: tuple[int, int] | None = None,
-    ) -> Encoded:  # fmt: skip
-        """The blocks, on embedded tokens (B, [1 +] n, D) of patches `patch_ids` (B, n) of `grid`, by default its own.
-
-        For another grid its tables are interpolated.
-        """
-        grid = grid or self.grid
-        num_prefix = x.shape[1] - patch_ids.shape[1]
-        index = relative_index(grid, x.device)
-
-        def bias(block: Block, patch_ids: Tensor) -> Tensor:
-            """(B or 1, heads, [1 +] n, [1 +] n), of the patches that are left."""
-            alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # an expanded row: all images show the same
-            tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, [1 +] n); the class token is number 0
-            table = resize_table(block.attn.relative_position_bias_table, self.grid, grid)
-            return rearrange(table[index[tokens[:, :, None], tokens[:, None, :]]], "b q k h -> b h q k")
-
-        return super().encode(x, patch_ids, ptr, taps, bias)
+    def attention_bias(self, block: Block, patch_ids: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tensor:
+        """(B or 1, heads, num_prefix + n, num_prefix + n) of patches (B, n); for another grid the table is resized."""
+        alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # an expanded row: all images show the same
+        tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, num_prefix + n); the class token is number 0
+        index = relative_index(grid, patch_ids.device)[tokens[:, :, None], tokens[:, None, :]]
+        table = resize_table(block.attn.relative_position_bias_table, self.grid, grid)
+        return rearrange(table[index], "b q k h -> b h q k")
 
 
 def build_encoder(arguments: dict[str, Any], drop_path: float = 0.0) -> ViT:

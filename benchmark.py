@@ -1,8 +1,9 @@
 """What PCAE costs: the poster's tables of properties, measured here, with the poster's numbers beside them.
 
-    python benchmark.py                                             all of it, ViT-Small, in minutes on a CPU
-    python benchmark.py pretrain --model vit_base                   one table, ViT-Base
-    python benchmark.py --model vit_base --batch-size 256 --compile --markdown FILE.md          on a GPU
+python benchmark.py                                             all of it, ViT-Small, in minutes on a CPU
+python benchmark.py pretrain --model vit_base                   one table, ViT-Base
+python benchmark.py --model vit_base --batch-size 256 --compile --markdown FILE.md          on a GPU
+python benchmark.py --report FILE.md                            one page about a GPU, in ten minutes
 """
 
 import argparse
@@ -12,42 +13,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-import threads  # noqa: F401 (before torch)
+import util.threads  # noqa: F401 (before torch)
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms.v2 import functional as tvf
+from tqdm import tqdm
 
 import data
-import finetune
-import runs
-import scores
-import training
-from baselines import MAE, SimMIM
-from image_files import ImageFiles
 from model import MODELS, PCAE, Classifier, ViT
-from ptr import PTR, drop_blocks, token_counts
-from shapes import Shapes
+from ptr import PTR, token_counts
+from report import IMAGENET, PRETRAINING, build, by_turns, report, report_models, speed, training_step
+from util import profiling, runs, training
+from util.image_files import ImageFiles
+from util.shapes import Shapes
 
-IMAGENET = 1_281_167  # images
-
-# What is trained: name, method, mask ratio, decoder blocks, stages and drop ratio of PTR; then the poster's speed, by
-# its images a second (Table 4) or its GPU days an epoch, and these days, of 300 epochs where nothing is said.
-PRETRAINING = [
-    ("PCAE, mask .75, decoder 2", PCAE, 0.75, 2, (3, 0.5), 1.0, "10.1"),
-    ("PCAE, mask .85, decoder 2", PCAE, 0.85, 2, (3, 0.5), 739.7 / 550.5, ""),
-    ("PCAE, mask .90, decoder 2", PCAE, 0.90, 2, (3, 0.5), 876.1 / 550.5, ""),
-    ("MAE, mask .75, decoder 8", MAE, 0.75, 8, None, 10.1 / 15.4, "15.4"),
-    ("SimMIM, mask .75", SimMIM, 0.75, None, None, (10.1 / 300) / (54.1 / 800), "54.1 for 800 epochs"),
-    ("MAE, mask .75, decoder 2", MAE, 0.75, 2, None, None, ""),
-    ("PCAE, mask .75, decoder 8", PCAE, 0.75, 8, (3, 0.5), None, ""),
-    ("PCAE without PTR, decoder 2", PCAE, 0.75, 2, (0, 0.0), None, ""),
-]
+# Table 5 of the poster (ViT-B/16, ImageNet), by drop ratio: GMACs, speed-up.
+CLASSIFIERS = {0.0: (17.57, 1.00), 0.1: (15.34, 1.15), 0.2: (13.19, 1.35), 0.3: (11.29, 1.57), 0.4: (9.53, 1.88)}
 # Tables 6 and 7: stages and drop ratio, and the poster's GPU days. The first row is the paper's setting.
-SCHEDULES = {(3, 0.5): 3.3, (1, 0.875): 3.0, (6, 0.29): 3.5, (12, 0.16): 3.6, (3, 0.37): 3.6, (3, 0.415): 3.5,
-             (3, 0.47): 3.4, (3, 0.536): 3.3}  # fmt: skip
+SCHEDULES = {(3, 0.5): 3.3, (1, 0.875): 3.0, (6, 0.29): 3.5, (12, 0.16): 3.6}
+SCHEDULES |= {(3, 0.37): 3.6, (3, 0.415): 3.5, (3, 0.47): 3.4, (3, 0.536): 3.3}
 ABLATIONS = [
     (f"{schedule[0]} x {schedule[1]:g}", PCAE, 0.75, 2, schedule, 3.3 / days, f"{days}")
     for schedule, days in SCHEDULES.items()
@@ -64,20 +51,7 @@ that it does not name, and not of this one."""
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-def by_turns(args: argparse.Namespace, *functions: Callable) -> list[list[float]]:
-    """Seconds of each function in each round, in which they take turns. One round more, the first, warms up."""
-    times = [[scores.seconds(function, args.device) for function in functions] for _ in range(args.rounds + 1)]
-    return [list(of_one) for of_one in zip(*times[1:], strict=True)]
-
-
-def speed(first: list[float], this: list[float]) -> str:
-    ratios = [theirs / ours for theirs, ours in zip(first, this, strict=True)]
-    return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
-
-
-def timed(
-    args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None
-) -> tuple[float, str]:
+def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None) -> tuple[float, str]:
     """Images a second, and cells with it, "images/s | speed | by MACs | poster | of peak"; `steps` and their `macs` are
     the first row's and this row's."""
     size = 1024 if args.device.type == "cpu" else 8192
@@ -109,41 +83,6 @@ def kept_for_backward(model: nn.Module, images: Tensor) -> int:
 # --- pre-training -----------------------------------------------------------------------------------------------------
 
 
-def build(args: argparse.Namespace, method: type, mask: float, depth: int, schedule: tuple[int, float]) -> nn.Module:
-    """A method's networks. The decoder's heads have width 32, as in MAE."""
-    student = ViT((args.image_size, args.image_size), args.patch_size, **MODELS[args.model])
-    if method is SimMIM:
-        return SimMIM(student, mask_ratio=mask)
-    dim = args.decoder_dim or min(512, max(32, student.dim * 2 // 3 // 32 * 32))
-    options = dict(mask_ratio=mask, decoder_dim=dim, decoder_depth=depth, decoder_heads=max(1, dim // 32))
-    if method is MAE:
-        return MAE(student, **options)
-    stages, drop_ratio = schedule
-    return PCAE(student, ptr=PTR(drop_blocks(len(student.blocks), stages), drop_ratio), **options)
-
-
-def training_step(model: PCAE | MAE | SimMIM, images: Tensor, precision: str, compiled: bool) -> Callable[[], None]:
-    """The step of pretrain.py, but for its log, on uint8 images (B, 3, H, W) that are in the device's memory."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = training.parameter_groups(model, weight_decay=0.05)
-    optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
-    normalize = data.Normalize().to(images.device)
-    forward = torch.compile(model, dynamic=False) if compiled else model
-
-    def step() -> None:
-        noise = torch.rand(len(images), model.student.num_patches, device=images.device)
-        with training.autocast(images.device, precision):
-            output = forward(normalize(images), noise)
-        output.loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if isinstance(model, PCAE):
-            model.update_teacher(0.9999)
-
-    return step
-
-
 def training_table(args: argparse.Namespace, title: str, cases: list[tuple]) -> Iterator[str]:
     """A row for each case. It takes turns with the first one only: memory might not hold the weights of all."""
     yield f"""
@@ -161,7 +100,7 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
             yield f"| {name} | left out: {error} |"
             continue
         step = training_step(model, images, args.precision, args.compile)
-        macs = scores.count_macs(model, torch.zeros(1, *shape), backward=True)
+        macs = profiling.count_macs(model, torch.zeros(1, *shape), backward=True)
         first = first or (step, macs)
         images_per_second, cells = timed(args, [first[0], step], [first[1], macs], poster)
         days = 300 * IMAGENET / images_per_second / 86_400
@@ -206,17 +145,17 @@ def inference(args: argparse.Namespace) -> Iterator[str]:
         with training.autocast(args.device, args.precision):
             forward(images, ptr=ptr)
 
-    depth, first_macs = len(encoder.blocks), scores.count_macs(classifier, images[:1])
+    depth, first_macs = len(encoder.blocks), profiling.count_macs(classifier, images[:1])
     blocks = depth // 12, depth * 5 // 12
     yield f"""
 ## Inference: dropping after blocks {blocks[0]} and {blocks[1]}
 
 | drop ratio | tokens at the end | GMACs/image | poster's | images/s | speed | by MACs | poster | of peak |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
-    for ratio, (poster_gmacs, _, poster_speed) in finetune.POSTER.items():
+    for ratio, (poster_gmacs, poster_speed) in CLASSIFIERS.items():
         ptr = PTR(blocks, ratio) if ratio else PTR()
         tokens = token_counts(encoder.num_patches, depth, ptr)[-1]
-        macs = scores.count_macs(classifier, images[:1], ptr=ptr)
+        macs = profiling.count_macs(classifier, images[:1], ptr=ptr)
         steps = [lambda: predict(PTR()), lambda ptr=ptr: predict(ptr)]
         _, cells = timed(args, steps, [first_macs, macs], poster_speed)
         yield f"| {ratio:g} | {tokens} | {macs / 1e9:#.4g} | {poster_gmacs:.2f} | {cells} |"
@@ -229,8 +168,8 @@ def loading(args: argparse.Namespace) -> Iterator[str]:
     """Images a second that one core reads, beside Pillow, ToTensor and Normalize."""
     size, count, num_threads = (args.image_size, args.image_size), 32, torch.get_num_threads()
     crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
-    usual = transforms.Compose([crop, transforms.RandomHorizontalFlip(), transforms.ToTensor(),
-                                transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])  # fmt: skip
+    steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    usual = transforms.Compose([*steps, transforms.Normalize(data.IMAGENET_MEAN, data.IMAGENET_STD)])
     yield """
 ## Data: what one core reads
 
@@ -269,18 +208,28 @@ SECTIONS = {"pretrain": pretraining, "ablations": ablations, "inference": infere
 def main(argv: list[str] | None = None) -> None:
     parser = runs.flag_parser(__doc__)
     add = parser.add_argument
+    usual = "vit_small; for --report: vit_small, vit_base and vit_large, on a CPU vit_mini and vit_tiny"
+    batch = "images per step (default: 8; for --report on a GPU: 4096, halved until they fit in its memory)"
+    page = (
+        "write one page to this file instead, within ten minutes (on a CPU: three): machine, training, inference, data"
+    )
     add("section", nargs="?", default="all", choices=("all", *SECTIONS), help="which tables")
-    add("--model", default="vit_small", choices=MODELS, help="encoder")
+    add("--model", choices=MODELS, help=f"encoder (default: {usual})")
     add("--image-size", type=int, default=224, help="pixels of a side")
     add("--patch-size", type=int, default=16, help="pixels of a side")
     add("--decoder-dim", type=int, help="decoder width (default: two thirds of the encoder's, 512 at most)")
-    add("--batch-size", type=int, default=8, help="images a step")
+    add("--batch-size", type=int, help=batch)
     add("--rounds", type=int, default=3, help="steps of each row that count; one more warms up")
-    add("--device", default="auto", help="cpu, cuda, mps, ...")
-    add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
     add("--compile", action="store_true", help="torch.compile the models: minutes for each row")
     add("--markdown", metavar="FILE", help="write the tables to this file, too")
+    add("--report", metavar="FILE", help=page)
+    runs.add_device_flags(add)
     args = parser.parse_args(argv)
+    args.device = training.start_world(args.device).device
+    args.batch_size = args.batch_size or (4096 if args.report and args.device.type == "cuda" else 8)
+    usual = report_models(args.device) if args.report else ["vit_small"]
+    models = [args.model] if args.model else usual
+    args.model = models[-1]
     if min(args.batch_size, args.rounds) < 1:
         raise SystemExit("error: --batch-size and --rounds must be 1 or more")
     try:
@@ -288,17 +237,18 @@ def main(argv: list[str] | None = None) -> None:
             build(args, *PRETRAINING[0][1:-2])
     except ValueError as error:  # the sizes do not fit together
         raise SystemExit(f"error: {error}") from None
-    args.device = training.start_world(args.device).device
     torch._dynamo.config.recompile_limit = 64  # one static graph for each row; beyond 8 torch would give up
-    torch.manual_seed(0)
+    torch.manual_seed(args.seed)
     on = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
     head = f"{args.model}/{args.patch_size} at {args.image_size} pixels, {args.batch_size} images a step, "
     head += f"precision {args.precision}{', compiled' * args.compile}; {on}, torch {torch.__version__}"
-    tables = [section(args) for name, section in SECTIONS.items() if args.section in (name, "all")]
-    with open(args.markdown or os.devnull, "w", encoding="utf-8") as file:
-        for table in ([head, LEGEND], *tables):
+    tables = [[head, LEGEND]] + [make(args) for name, make in SECTIONS.items() if args.section in (name, "all")]
+    if args.report:
+        tables = [report(args, models, [inference, loading])]
+    with open(args.report or args.markdown or os.devnull, "w", encoding="utf-8") as file:
+        for table in tables:
             for text in table:  # as soon as it is measured
-                print(text, flush=True)
+                tqdm.write(text)
                 print(text, file=file, flush=True)
 
 

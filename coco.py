@@ -19,9 +19,9 @@ from torch.utils.data import Dataset
 from torchvision.ops import box_convert, clip_boxes_to_image, masks_to_boxes
 
 from data import Views
-from image_files import UnreadableImage, read_image
-from shapes import SHAPES, draw_scene
-from training import generator
+from util.image_files import UnreadableImage, read_image
+from util.shapes import SHAPES, draw_scene
+from util.training import generator
 
 Target = dict[str, Any]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W), image_id
 
@@ -198,10 +198,17 @@ def write_split(folder: Path, split: str, length: int, image_size: tuple[int, in
         images.append(dict(id=index + 1, file_name=name, height=image_size[0], width=image_size[1]))
         for label, mask in zip(labels, masks, strict=True):
             rle = encode_mask(mask)
-            annotations.append(dict(
-                id=len(annotations) + 1, image_id=index + 1, category_id=category_ids[label], iscrowd=0,
-                bbox=coco_mask.toBbox(rle).tolist(), area=int(mask.sum()), segmentation=rle,
-            ))  # fmt: skip
+            annotations.append(
+                dict(
+                    id=len(annotations) + 1,
+                    image_id=index + 1,
+                    category_id=category_ids[label],
+                    iscrowd=0,
+                    bbox=coco_mask.toBbox(rle).tolist(),
+                    area=int(mask.sum()),
+                    segmentation=rle,
+                )
+            )
     categories = [dict(id=i, name=shape.__name__) for i, shape in zip(category_ids, SHAPES, strict=True)]
     return dict(images=images, annotations=annotations, categories=categories)
 
@@ -285,7 +292,7 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
 
 
 class DetectionViews(Views):
-    """Images with their targets; `augment`: half of them flipped, `crop_share` cropped. The model resizes.
+    """Images with their targets; `augment`: half of them flipped, `crop_ratio` cropped. The model resizes.
 
     What stands for an unreadable image has no objects, and image id -1.
     """
@@ -293,11 +300,17 @@ class DetectionViews(Views):
     collate = staticmethod(pack)
 
     def __init__(
-        self, images: CocoDetection, channels: int, seed: int = 0, augment: bool = False, crop_share: float = 0.0,
+        self,
+        images: CocoDetection,
+        channels: int,
+        seed: int = 0,
+        *,
+        augment: bool = False,
+        crop_ratio: float = 0.0,
         flip: bool = True,
-    ):  # fmt: skip
+    ):
         super().__init__(images, None, channels, seed, replace=augment)
-        self.augment, self.crop_share, self.flip = augment, crop_share, flip
+        self.augment, self.crop_ratio, self.flip = augment, crop_ratio, flip
 
     def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
         if target == -1:
@@ -307,7 +320,7 @@ class DetectionViews(Views):
             do_flip, do_crop = torch.rand(2).tolist()
             if do_flip < 0.5 and self.flip:
                 image, target = flip(image, target)
-            if do_crop < self.crop_share:
+            if do_crop < self.crop_ratio:
                 image, target = random_crop(image, target)
         return image, target
 
@@ -321,11 +334,14 @@ def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]
     rows = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), found["masks"], strict=True)
     return [
         dict(
-            image_id=image_id, category_id=categories[label - 1][0], bbox=box, score=score,
+            image_id=image_id,
+            category_id=categories[label - 1][0],
+            bbox=box,
+            score=score,
             segmentation=encode_mask(mask[0] >= 0.5),
         )
         for box, label, score, mask in rows
-    ]  # fmt: skip
+    ]
 
 
 def average_precision(

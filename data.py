@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
-from image_files import ImageFiles, UnreadableImage, class_folders
 from model import IMAGENET_MEAN, IMAGENET_STD, ViT
-from shapes import Shapes
-from small_images import InMemory, draw_boxes, in_channels, resized_crops, torchvision_set
-from training import World, derive_seed, generator
+from util.image_files import ImageFiles, UnreadableImage, class_folders
+from util.shapes import Shapes
+from util.small_images import BatchViews, CenterView, InMemory, in_channels, torchvision_set
+from util.training import World, derive_seed, generator
 
-# Data sets by name, with what they set where no flag does: all lie in memory. Any other name is a folder.
+# Data sets by name, with what they set where no flag does; util/small_images.py reads them into memory. Any other name
+# is a folder.
 SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5)
 SETS = {
     "shapes": SMALL | dict(min_crop=1.0),  # random enough uncropped
@@ -35,30 +35,38 @@ SETS = {
     "stl10": SMALL | dict(image_size=[96], patch_size=8),
 }
 FOLDER = dict(image_size=[224], patch_size=16, channels=3, min_crop=0.2, knn_every=0)
+NAMED = SETS | {"a folder": FOLDER}
 NUM_SHAPES = dict(train=10_000, val=2_000)
 
 
 def add_flags(add: Callable[..., Any]) -> None:
     """The flags about images; those that are None by default `fill_in` completes."""
-    named = SETS | {"a folder": FOLDER}
-    sizes = ", ".join(f"{name}: {some['image_size'][0]}" for name, some in named.items())
+    sizes = ", ".join(f"{name}: {usual['image_size'][0]}" for name, usual in NAMED.items())
     add("--data", default="shapes", help=f"{', '.join(SETS)}, or a folder with image files")
     add("--data-root", default="data", metavar="FOLDER", help="where torchvision's sets lie")
     add("--download", action="store_true", help="let torchvision download a set that is missing")
-    add("--limit", type=int, metavar="N", help="use only N training images (default: all)")
-    add("--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width, or one number "
-        f"(default: {sizes})")
-    add("--min-crop", type=float, help="smallest share of an image that a random crop keeps; 1: whole images (default: "
-        + ", ".join(f"{name}: {some['min_crop']:g}" for name, some in named.items()) + ")")
+    add("--limit", type=int, metavar="N", help="use only N images (default: all)")
+    add(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help=f"height and width, or one number (default: {sizes})",
+    )
+    add("--workers", type=int, help="processes that read files or augment (default: one per core, at most 8)")
+
+
+def add_view_flags(add: Callable[..., Any]) -> None:
+    """The flags about random views of training images."""
+    crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
+    add("--min-crop", type=float, help=f"smallest fraction of an image that a random crop keeps (default: {crops})")
     add_flip_flag(add)
-    add("--workers", type=int, help="processes that read files or augment; crops of a named set need none (default: up "
-        "to 8, by the CPU's cores)")
 
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
-    """Mirroring, which all three scripts do."""
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half of the training images left "
-        "to right; --no-flip where left and right differ (whole images, --min-crop 1, are never mirrored)")
+    """Mirroring, which all three training scripts do."""
+    text = "mirror half of the training images left to right, but not whole images (--min-crop 1)"
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -73,33 +81,46 @@ def fill_in(args: argparse.Namespace) -> None:
 # --- data sets --------------------------------------------------------------------------------------------------------
 
 
-def unlabelled_images(args: argparse.Namespace) -> Dataset:
-    """Images for pre-training: `shapes`, a set of torchvision's, or a folder (its `train/`, if it has one)."""
-    if args.data == "shapes":
-        return Shapes("train", args.limit or NUM_SHAPES["train"], sides(args.image_size))
-    if args.data in SETS:
-        split = "train+unlabeled" if args.data == "stl10" else "train"
-        return at_most(torchvision_set(args.data, split, args.data_root, args.download), args.limit)
-    train = Path(args.data) / "train"
-    return at_most(ImageFiles(train if train.is_dir() else Path(args.data)), args.limit)
+def unlabelled_images(
+    name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
+) -> Dataset:
+    """Images for pre-training: `shapes` of `size` (H, W), a set of torchvision's, or a folder or its `train/`."""
+    if name in SETS:
+        return named_images(name, "train+unlabeled" if name == "stl10" else "train", root, size, limit, download)
+    train = Path(name) / "train"
+    return at_most(ImageFiles(train if train.is_dir() else Path(name)), limit)
 
 
-def labelled_images(args: argparse.Namespace, limit: int | None = None) -> Dataset:
+def labelled_images(
+    name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
+) -> Dataset:
     """Training images with labels, at most `limit`; of a folder those in `train/`."""
-    if args.data == "shapes":
-        return Shapes("train", limit or NUM_SHAPES["train"], sides(args.image_size))
-    if args.data in SETS:
-        return at_most(torchvision_set(args.data, "train", args.data_root, args.download), limit)
-    return at_most(class_folders(Path(args.data) / "train"), limit)
+    if name in SETS:
+        return named_images(name, "train", root, size, limit, download)
+    return at_most(class_folders(Path(name) / "train"), limit)
 
 
-def validation_images(args: argparse.Namespace, classes: list[str] | None = None, limit: int | None = None) -> Dataset:
-    """Labelled images to score on: the test set of torchvision's, a folder's `val/`, which may lack some `classes`."""
-    if args.data == "shapes":
-        return Shapes("val", limit or NUM_SHAPES["val"], sides(args.image_size))
-    if args.data in SETS:
-        return at_most(torchvision_set(args.data, "test", args.data_root, args.download), limit)
-    return at_most(class_folders(Path(args.data) / "val", classes), limit)
+def validation_images(
+    name: str,
+    root: str,
+    size: tuple[int, int],
+    limit: int | None = None,
+    download: bool = False,
+    classes: list[str] | None = None,
+) -> Dataset:
+    """Labelled images to score on: torchvision's test set, or a folder's `val/`, which may lack some `classes`."""
+    if name in SETS:
+        return named_images(name, "val" if name == "shapes" else "test", root, size, limit, download)
+    return at_most(class_folders(Path(name) / "val", classes), limit)
+
+
+def named_images(
+    name: str, split: str, root: str, size: tuple[int, int], limit: int | None, download: bool
+) -> InMemory:
+    """At most `limit` images of one of SETS."""
+    if name == "shapes":
+        return Shapes(split, limit or NUM_SHAPES[split], size)
+    return at_most(torchvision_set(name, split, root, download), limit)
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
@@ -109,13 +130,13 @@ def at_most(images: Dataset, limit: int | None) -> Dataset:
     return subset(images, torch.randperm(len(images), generator=generator("limit"))[:limit].tolist())
 
 
-def few_labels(images: Dataset, share: float, seed: int) -> Dataset:
-    """A random `share` of each class, at least one image.
+def few_labels(images: Dataset, fraction: float, seed: int) -> Dataset:
+    """A random `fraction` of each class, at least one image.
 
     The same seed draws the same images, and a smaller part lies within a larger one.
     """
     order = torch.randperm(len(images), generator=generator(seed, "few labels")).tolist()
-    wanted = {label: max(1, round(share * count)) for label, count in Counter(images.targets).items()}
+    wanted = {label: max(1, round(fraction * count)) for label, count in Counter(images.targets).items()}
     chosen, taken = [], Counter()
     for i in order:
         label = images.targets[i]
@@ -148,24 +169,6 @@ def describe(images: Dataset) -> str:
 def sides(image_size: list[int]) -> tuple[int, int]:
     """Height and width that `--image-size` gives in one number or two."""
     return image_size[0], image_size[-1]
-
-
-class CenterView:
-    """The largest centred part that has the shape of `size` (H, W), or 1 / `margin` of its sides, resized to `size`.
-
-    Of one image or of a batch of one size.
-    """
-
-    def __init__(self, size: tuple[int, int], margin: float = 1.0):
-        self.size, self.margin = size, margin
-
-    def __call__(self, image: Tensor) -> Tensor:
-        height, width = image.shape[-2:]
-        if (height, width) == self.size:
-            return image
-        scale = min(height / self.size[0], width / self.size[1]) / self.margin
-        part = tvf.center_crop(image, [max(1, round(scale * side)) for side in self.size])
-        return tvf.resize(part, list(self.size), v2.InterpolationMode.BICUBIC, antialias=True)
 
 
 def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) -> Callable[[Tensor], Tensor]:
@@ -245,76 +248,27 @@ class Views(Dataset):
         raise UnreadableImage("of 20 images drawn at random not one can be read")
 
 
-class BatchViews(Dataset):
-    """Views of images that lie in memory, of a whole batch at once and on `device`.
-
-    As `pretraining_view`, but bilinear. A table of uniform numbers, with a row for each image and anew for each epoch,
-    says what is cropped and mirrored.
-    """
-
-    def __init__(
-        self, images: InMemory, size: tuple[int, int], min_crop: float = 1.0, margin: float = 1.0, channels: int = 3,
-        seed: int = 0, device: torch.device | str = "cpu", flip: bool = True,
-    ):  # fmt: skip
-        self.images, self.size, self.min_crop, self.channels, self.flip = images, size, min_crop, channels, flip
-        self.center, self.seed, self.device = CenterView(size, margin), seed, device
-        self.labels = torch.tensor(images.targets)
-        self.epoch, self.boxes, self.mirrored = None, None, None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch of one epoch: views uint8 (B, C, H, W), labels (B,), and that all could be read."""
-        epoch, indices = keys[0][0], torch.tensor([index for _, index in keys])
-        images = in_channels(self.images.images[indices].to(self.device), self.channels)
-        if self.min_crop == 1:
-            images = self.center(images)
-        else:
-            if self.epoch != epoch:
-                draws = torch.rand(len(self), 5, generator=generator(self.seed, "views", epoch))
-                boxes = draw_boxes(draws[:, :4], *images.shape[-2:], self.min_crop)
-                mirrored = draws[:, 4] < 0.5 if self.flip else torch.zeros(len(self), dtype=torch.bool)
-                self.epoch, self.boxes, self.mirrored = epoch, boxes.to(self.device), mirrored.to(self.device)
-            images = resized_crops(images, self.boxes[indices], self.mirrored[indices], self.size)
-        return images, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
-
-    @staticmethod
-    def collate(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """It is a batch already."""
-        return batch
-
-
 def training_views(
-    images: Dataset, args: argparse.Namespace, size: tuple[int, int], device: torch.device,
+    images: Dataset,
+    size: tuple[int, int],
+    min_crop: float,
+    *,
+    flip: bool,
+    channels: int,
+    seed: int,
+    device: torch.device,
     augment: list[Callable[[Tensor], Tensor]] | None = None,
-) -> Views | BatchViews:  # fmt: skip
-    """Random crops, resized to `size` (H, W) and mirrored, then `augment`ed, as the flags say."""
+) -> Views | BatchViews:
+    """Random crops, resized to `size` (H, W), mirrored and augmented; images in memory a batch at once on `device`."""
     if isinstance(images, InMemory) and not augment:
-        options = dict(channels=args.channels, seed=args.seed, device=device, flip=args.flip)
-        return BatchViews(images, size, args.min_crop, **options)
-    view = v2.Compose([pretraining_view(size, args.min_crop, args.flip), *(augment or [])])
-    return Views(images, view, args.channels, args.seed)
-
-
-def evaluation_views(images: Dataset, args: argparse.Namespace) -> Views | BatchViews:
-    """What features and classifiers are scored on: the centre of an image, as MAE crops it."""
-    size = sides(args.image_size)
-    margin = evaluation_margin(size)
-    if isinstance(images, InMemory):
-        return BatchViews(images, size, margin=margin, channels=args.channels)
-    return Views(images, CenterView(size, margin), args.channels, replace=False)
+        return BatchViews(images, size, min_crop, flip=flip, channels=channels, seed=seed, device=device)
+    view = v2.Compose([pretraining_view(size, min_crop, flip), *(augment or [])])
+    return Views(images, view, channels, seed)
 
 
 def evaluation_margin(size: tuple[int, int]) -> float:
     """How much longer than the crop the resized image is: 8/7 (256 -> 224), or 1 above 224 pixels, as in MAE."""
     return 8 / 7 if max(size) <= 224 else 1.0
-
-
-def check_readable(unreadable: int, seen: int) -> None:
-    """Stop a run more than a quarter of whose images are unreadable."""
-    if unreadable > max(8, seen / 4):
-        raise SystemExit(f"error: --data: {unreadable} of {seen} images cannot be read (named above)")
 
 
 class EpochSampler(DistributedSampler):
@@ -325,48 +279,51 @@ class EpochSampler(DistributedSampler):
 
 
 def num_workers(views: Dataset, workers: int | None, world: World) -> int:
-    """Processes of a loader: none for a batch in memory, else `workers`, by default one per core, 8 at most."""
-    if isinstance(views, BatchViews):
+    """Processes of a loader: none for views that come as batches, else `workers` (default: one per core, at most 8)."""
+    if hasattr(views, "__getitems__"):
         return 0
     return min(8, max(1, (os.cpu_count() or 1) // world.local_size)) if workers is None else workers
 
 
-def training_loader(views: Views | BatchViews, batch_size: int, workers: int | None, world: World) -> DataLoader:
+def training_loader(
+    views: Dataset, batch_size: int, *, seed: int, workers: int | None = None, world: World
+) -> DataLoader:
     """Shuffled batches of this process; call `loader.sampler.set_epoch` before each epoch.
 
-    Process r of R gets images r, r + R, ... of the common order: their batches make up the batch of one process.
+    `views` is any data set that takes keys (epoch, index). Process r of R gets images r, r + R, ... of the common
+    order: their batches make up the batch of one process.
     """
-    seed = derive_seed(views.seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
-    sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=seed, drop_last=True)
+    order = derive_seed(seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
+    sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=order, drop_last=True)
     workers = num_workers(views, workers, world)
     return DataLoader(
-        views, batch_size, sampler=sampler, num_workers=workers, collate_fn=views.collate, drop_last=True,
-        pin_memory=torch.cuda.is_available() and not isinstance(views, BatchViews), persistent_workers=workers > 0,
+        views,
+        batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        collate_fn=getattr(views, "collate", None),
+        drop_last=True,
+        pin_memory=torch.cuda.is_available() and not hasattr(views, "__getitems__"),
+        persistent_workers=workers > 0,
         generator=torch.Generator(),  # else it would draw from torch's own, which each step seeds
-    )  # fmt: skip
+    )
 
 
-def evaluation_loader(views: Views | BatchViews, batch_size: int, workers: int | None, world: World) -> DataLoader:
+def evaluation_loader(views: Dataset, batch_size: int, *, workers: int | None = None, world: World) -> DataLoader:
     """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
     keys = [(0, index) for index in range(world.rank, len(views), world.size)]
     workers = num_workers(views, workers, world)
-    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=views.collate)
+    return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=getattr(views, "collate", None))
 
 
-def batches(loader: DataLoader) -> Iterator[Any]:
-    """A loader's batches. What its processes mostly die of, in a container or with few descriptors, gets one line."""
-    try:
-        yield from loader
-    except UnreadableImage as error:  # one from a loader's process brings its traceback along
-        raise SystemExit(f"error: --data: {str(error).splitlines()[-1]}") from None
-    except (RuntimeError, OSError) as error:
-        signs = "DataLoader worker (pid", "No space left", "shared memory", "ancdata", "Too many open files"
-        if not any(sign in str(error) for sign in signs):
-            raise
-        raise SystemExit(
-            "error: the processes that load data ran out of memory, shared memory (/dev/shm) or file descriptors: "
-            f"take fewer --workers, 0 for none ({str(error).splitlines()[-1]})"
-        ) from None
+def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **options: Any) -> DataLoader:
+    """What features and classifiers are scored on: the centre of each image, as MAE crops it, resized to `size`."""
+    margin = evaluation_margin(size)
+    if isinstance(images, InMemory):
+        views = BatchViews(images, size, margin=margin, channels=channels)
+    else:
+        views = Views(images, CenterView(size, margin), channels, replace=False)
+    return evaluation_loader(views, **options)
 
 
 def normalize_for(encoder: ViT) -> "Normalize":
@@ -377,9 +334,7 @@ def normalize_for(encoder: ViT) -> "Normalize":
 class Normalize(nn.Module):
     """uint8 (B, C, H, W) -> float (pixels / 255 - mean) / std, on the module's device; C is 3, or 1 for grey."""
 
-    def __init__(
-        self, channels: int = 3, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-    ):
+    def __init__(self, channels: int = 3, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
         mean, std = torch.tensor([mean, std]).view(2, 3, 1, 1)
         self.register_buffer("mean", mean if channels == 3 else mean.mean(0, keepdim=True))

@@ -1,9 +1,9 @@
 """Detection and instance segmentation: a plain ViT under a feature pyramid and torchvision's Mask R-CNN.
 
-    python detect.py                                             from runs/pretrain/last.pt, on built-in scenes
-    python detect.py --init none                                 the same from scratch, to compare
-    python detect.py --data coco --data-root DIR --recipe coco --init FILE    the poster's setting, FILE ours or public
-    python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with PTR: AP against speed
+python detect.py                                             from runs/pretrain/last.pt, on built-in scenes
+python detect.py --init none                                 the same from scratch, to compare
+python detect.py --data coco --data-root DIR --recipe coco --init FILE    the poster's setting, FILE ours or public
+python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with PTR: AP against speed
 """
 
 import argparse
@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import threads  # noqa: F401 (before torch)
+import util.threads  # noqa: F401 (before torch)
 
 import torch
 from torch import Tensor, nn
@@ -27,84 +27,80 @@ from tqdm import tqdm
 import beit
 import coco
 import data
-import runs
-import scores
-import training
+import ptr
 import weights
 from coco import CocoDetection, Target
 from model import MODELS, NO_PTR, ViT
-from ptr import PTR, token_counts
+from ptr import PTR
 from pyramid import STRIDES, LayerNorm2d, PyramidRoIAlign, ViTPyramid, has_learned_positions
-from weights import load_encoder, model_name, told
+from util import metrics, profiling, runs, training
 
 # What `--recipe` sets; flags that are given win.
 RECIPES = {
     "laptop": {},  # the defaults below
     "coco": dict(
-        epochs=12, warmup_epochs=0.14, batch_size=32, blr=2.4e-3, weight_decay=0.05, layer_decay=0.75, drop_path=0.2,
-        short_side=list(range(480, 801, 32)), long_side=1333, crop_share=0.5, channels=256, anchor=32, rois=512,
-        proposals=1000, model="vit_base", patch_size=16,
-    ),  # the warm-up is one of 500 steps
-}  # fmt: skip
+        model="vit_base",
+        patch_size=16,
+        short_side=list(range(480, 801, 32)),
+        long_side=1333,
+        crop_ratio=0.5,
+        epochs=12,
+        warmup_epochs=0.14,  # 500 steps
+        batch_size=32,
+        blr=2.4e-3,
+        weight_decay=0.05,
+        layer_decay=0.75,
+        drop_path=0.2,
+        channels=256,
+        anchor=32,
+        rois=512,
+        proposals=1000,
+    ),
+}
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
-# What `--eval` takes from the checkpoint where no flag says otherwise.
-KEPT = (
-    "data", "data_root", "workers", "short_side", "long_side", "channels", "anchor", "rois", "proposals", "drop_ratio",
-    "drop_stages", "drop_at", "drop_blocks", "criterion",
-)  # fmt: skip
+# What `--eval` takes from the checkpoint where no flag says otherwise: groups of settings.
+KEPT = [(name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")]
+KEPT += ptr.FLAG_GROUPS
 
 
 def arguments() -> argparse.ArgumentParser:
     """All flags."""
     parser = runs.flag_parser(__doc__)
-    parser.add_argument(
-        "--eval", metavar="FILE", help="instead of training, score a checkpoint of this script at each --drop-ratio"
-    )
+    parser.add_argument("--eval", metavar="FILE", help="score a checkpoint of this script at each --drop-ratio instead")
     runs.add_flags(parser, RECIPES, out="runs/detect", files="args.json, metrics.jsonl, last.pt, best.pt")
+
     add = parser.add_argument_group("data").add_argument
-    add("--data", default="shapes", help="shapes: scenes drawn into --data-root; coco: train2017, val2017 and "
-        "annotations in --data-root; or a folder like that")
-    add("--data-root", default="data", metavar="FOLDER", help="where coco lies and scenes are drawn")
+    sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder in its format"
+    add("--data", default="shapes", help=sets)
+    add("--data-root", default="data", metavar="FOLDER", help="where coco lies and scenes are written")
     add("--limit", type=int, metavar="N", help="use N images to train and N to score (default: all; shapes: 400, 100)")
-    add("--workers", type=int, help="processes that load data (default: up to 8, by the CPU's cores)")
-    add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help="pixels of an image's shorter side: "
-        "several to draw from in training; scored at the last")
-    add("--long-side", type=int, default=160, help="at most so many pixels of the longer side")
+    add("--workers", type=int, help="processes that load data (default: one per core, at most 8)")
+    sides = "pixels of an image's shorter side: several to draw from in training; scored at the last"
+    add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help=sides)
+    add("--long-side", type=int, default=160, help="maximum of the longer side, in pixels")
+    add("--crop-ratio", type=training.ratio, default=0.0, help="fraction of the training images to crop, as DETR does")
     data.add_flip_flag(add)
-    add("--crop-share", type=float, default=0.0, help="share of the training images that are cropped, as DETR does")
 
     add = parser.add_argument_group("model").add_argument
-    add("--init", default="runs/pretrain/last.pt", metavar="FILE", help="encoder to start from: a checkpoint of "
-        "ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT, or none: from scratch")
-    add("--weights", default="student", choices=("student", "teacher"), help="which encoder of --init")
-    weights.add_flags(add)
-    add("--drop-path", type=runs.share, default=0.0, help="stochastic depth")
+    weights.add_init_flags(add)
+    add("--patch-size", type=int, default=4, help="pixels, a power of 2, for --init none")
+    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth")
     add("--channels", type=int, default=64, help="of the pyramid and the heads")
     add("--anchor", type=int, default=16, help="pixels of the smallest anchors; each next level's are twice as large")
-    add("--rois", type=int, default=32, help="regions of an image that the heads learn from in a step")
-    add("--proposals", type=int, default=100, help="regions that are scored; twice as many to choose --rois from")
-    add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
-    add("--patch-size", type=int, default=4, help="pixels, a power of 2, for --init none")
+    add("--rois", type=int, default=32, help="RoIs sampled per image in training")
+    add("--proposals", type=int, default=100, help="RPN proposals kept in scoring; twice as many in training")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help="share of its patch tokens that "
-        "each stage drops: they skip the later blocks and return before the pyramid; several with --eval")
-    runs.add_ptr_flags(add)
+    ratios = "fraction of its patch tokens that each stage drops until the pyramid; several with --eval"
+    add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
+    ptr.add_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=12, help="passes over the data; after 3/4 and 11/12 of them the learning rate "
-        "falls to a tenth")
-    add("--batch-size", type=int, default=8, help="images a step, over all processes")
-    add("--micro-batch", type=int, help="images at once per process (default: all). Gradients accumulate: the step is "
-        "the same, but for what is drawn per micro-batch (drop path, sizes, regions, the random criterion)")
-    add("--blr", type=float, default=3.2e-2, help="learning rate per 256 images: lr = blr * batch size / 256")
-    add("--warmup-epochs", type=float, help="epochs of linear warm-up (default, and for runs that are no longer: 4 %% "
-        "of the epochs)")
-    add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
-    add("--clip-grad", type=float, default=1.0, help="largest norm of the gradient; 0: any")
-    add("--layer-decay", type=float, default=0.75, help="factor of the learning rate from each block to the one before")
+    drawn = "drop path, sizes, RoIs, the random criterion"
+    training.add_flags(add, epochs=12, batch_size=8, blr=3.2e-2, warmup="4 %% of the epochs", drawn=drawn)
+    add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
     return parser
 
 
@@ -118,21 +114,31 @@ class Detector(MaskRCNN):
     """
 
     def __init__(
-        self, backbone: ViTPyramid, num_classes: int, *, short_side: list[int], long_side: int, anchor: int = 32,
-        rois: int = 512, proposals: int = 1000,
-    ):  # fmt: skip
+        self,
+        backbone: ViTPyramid,
+        num_classes: int,
+        *,
+        short_side: list[int],
+        long_side: int,
+        anchor: int = 32,
+        rois: int = 512,
+        proposals: int = 1000,
+    ):
         c = backbone.out_channels
         normalize = data.normalize_for(backbone.encoder)
         super().__init__(
             backbone,
-            min_size=tuple(short_side), max_size=long_side,
+            min_size=tuple(short_side),
+            max_size=long_side,
             image_mean=normalize.mean.flatten().tolist(),
             image_std=normalize.std.flatten().tolist(),
             size_divisible=max(STRIDES[-1], backbone.patch_size),
             rpn_anchor_generator=AnchorGenerator([[anchor * 2**i] for i in range(5)], [[0.5, 1.0, 2.0]] * 5),
             rpn_head=RPNHead(c, num_anchors=3),
-            rpn_pre_nms_top_n_train=2 * proposals, rpn_post_nms_top_n_train=2 * proposals,
-            rpn_pre_nms_top_n_test=proposals, rpn_post_nms_top_n_test=proposals,
+            rpn_pre_nms_top_n_train=2 * proposals,
+            rpn_post_nms_top_n_train=2 * proposals,
+            rpn_pre_nms_top_n_test=proposals,
+            rpn_post_nms_top_n_test=proposals,
             box_roi_pool=PyramidRoIAlign(7, anchor),
             box_head=FastRCNNConvFCHead((c, 7, 7), [c] * 4, [4 * c], norm_layer=LayerNorm2d),
             box_predictor=FastRCNNPredictor(4 * c, 1 + num_classes),  # 0 is the background
@@ -140,7 +146,7 @@ class Detector(MaskRCNN):
             mask_roi_pool=PyramidRoIAlign(14, anchor),
             mask_head=MaskRCNNHeads(c, [c] * 4, dilation=1, norm_layer=LayerNorm2d),
             mask_predictor=MaskRCNNPredictor(c, c, 1 + num_classes),
-        )  # fmt: skip
+        )
 
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None, ptr: PTR = NO_PTR
@@ -166,26 +172,24 @@ def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
     if args.init == "none":
         size = (16 * args.patch_size,) * 2  # any: positions are made for each image's own grid
         return ViT(size, args.patch_size, **MODELS[args.model], drop_path=args.drop_path)
-    log, options = print if is_main else lambda text: None, told(args) | dict(drop_path=args.drop_path)
-    return load_encoder(runs.load(args.init), weights=args.weights, log=log, **options)
+    options = weights.told(args) | dict(weights=args.weights, drop_path=args.drop_path)
+    return weights.load_encoder(runs.load(args.init), **options, log=print if is_main else weights.say_nothing)
 
 
 def build_detector(args: argparse.Namespace, encoder: ViT, num_classes: int, learned_positions: bool) -> Detector:
     """The detector that the flags ask for. Raises ValueError where the encoder's patches do not fit."""
     backbone = ViTPyramid(encoder, args.channels, learned_positions=learned_positions)
-    return Detector(
-        backbone, num_classes, short_side=args.short_side, long_side=args.long_side, anchor=args.anchor, rois=args.rois,
-        proposals=args.proposals,
-    )  # fmt: skip
+    options = {name: getattr(args, name) for name in ("short_side", "long_side", "anchor", "rois", "proposals")}
+    return Detector(backbone, num_classes, **options)
 
 
 def reductions(args: argparse.Namespace, encoder: ViT) -> list[PTR]:
     """PTR at each `--drop-ratio`. Raises ValueError where the smallest square image does not suit it."""
     num_tokens, depth = (min(args.short_side) // encoder.arguments["patch_size"]) ** 2, len(encoder.blocks)
-    ptrs = [runs.token_reduction(args, depth, ratio) for ratio in args.drop_ratio]
-    for ptr in ptrs:
-        token_counts(num_tokens, depth, ptr)
-    return ptrs
+    found = [ptr.from_args(args, depth, drop_ratio) for drop_ratio in args.drop_ratio]
+    for reduction in found:
+        ptr.token_counts(num_tokens, depth, reduction)
+    return found
 
 
 def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detector:
@@ -206,27 +210,27 @@ def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
     return [image.to(device, non_blocking=True).float() / 255 for image in images]
 
 
-def scoring_loader(images: CocoDetection, channels: int, workers: int, world: training.World) -> DataLoader:
+def scoring_loader(images: CocoDetection, channels: int, workers: int | None, world: training.World) -> DataLoader:
     """Each image once, over all processes, and alone: what is found in it does not depend on others."""
-    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers, world)
+    return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers=workers, world=world)
 
 
 @torch.no_grad()
 def find_objects(
-    model: Detector, loader: DataLoader, ptr: PTR, args: argparse.Namespace, world: training.World
+    model: Detector, loader: DataLoader, reduction: PTR, precision: str, world: training.World
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """What the model finds in each readable image, in COCO's format for results, and the ids of these images."""
     model.eval()
     results, seen = [], []
-    for batch in tqdm(data.batches(loader), "scoring", len(loader), leave=False, disable=not world.is_main):
+    for batch in tqdm(training.batches(loader), "scoring", len(loader), leave=False, disable=world.hides_bars):
         images, targets, readable = coco.unpack(batch)
         if readable.all():
-            with training.autocast(world.device, args.precision):
-                (found,) = model(to_device(images, world.device), ptr=ptr)
+            with training.autocast(world.device, precision):
+                (found,) = model(to_device(images, world.device), ptr=reduction)
             seen.append(targets[0]["image_id"])
             results += coco.coco_results(found, seen[-1], loader.dataset.images.categories)
     results, seen = training.gather_lists(results), training.gather_lists(seen)
-    data.check_readable(len(loader.dataset) - len(seen), len(loader.dataset))
+    training.check_readable(len(loader.dataset) - len(seen), len(loader.dataset))
     return results, seen
 
 
@@ -237,18 +241,19 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     encoder, side = model.backbone.encoder, args.short_side[-1]
     ptrs = reductions(args, encoder)
     loader = scoring_loader(val, encoder.arguments["channels"], args.workers, world)
-    found = [find_objects(model, loader, ptr, args, world) for ptr in ptrs]
+    found = [find_objects(model, loader, reduction, args.precision, world) for reduction in ptrs]
     if not world.is_main:
         return
     print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} of the images scored")
     images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
-    whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (PTR(), *ptrs)]
-    speeds = scores.speed_ups(whole, reduced, world.device)
+    whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
+    speeds = profiling.speed_ups(whole, reduced, world.device)
     square = torch.zeros(1, encoder.arguments["channels"], *[math.ceil(side / 32) * 32] * 2)
-    for ptr, (results, seen), (speed, noise) in zip(ptrs, found, speeds, strict=True):
-        macs = scores.count_macs(model.backbone, square, ptr=ptr) / 1e9
-        print(f"\ndrop ratio {ptr.drop_ratio:g} after blocks {list(ptr.blocks)}: {macs:.4g} GMACs in ViT and pyramid "
-              f"for {square.shape[2]} x {square.shape[3]} pixels, speed-up {speed:.2f} +- {noise:.2f}")  # fmt: skip
+    for reduction, (results, seen), (speed, noise) in zip(ptrs, found, speeds, strict=True):
+        macs = profiling.count_macs(model.backbone, square, ptr=reduction) / 1e9
+        blocks = f"drop ratio {reduction.drop_ratio:g} after blocks {list(reduction.blocks)}"
+        print(f"\n{blocks}: speed-up {speed:.2f} +- {noise:.2f}")
+        print(f"{macs:.4g} GMACs in ViT and pyramid for {square.shape[2]} x {square.shape[3]} pixels")
         coco.average_precision(val, results, seen, show=True)
 
 
@@ -258,10 +263,13 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     parser = arguments()
-    args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, kept=KEPT)
-    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)
-    if not args.eval and len(args.drop_ratio) > 1:
+    args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, sets=("shapes", "coco"))
+    if args.eval:
+        checkpoint = runs.load(args.eval)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+    elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
+    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # these are the pyramid's
     world = training.start_world(args.device)
 
     # 2. Data
@@ -286,21 +294,22 @@ def main(argv: list[str] | None = None) -> None:
             encoder = build_encoder(args, world.is_main)
             model = build_detector(args, encoder, len(train.categories), has_learned_positions(encoder))
         encoder = model.backbone.encoder
-        ptr = reductions(args, encoder)[0]
+        (reduction,) = reductions(args, encoder)
     except ValueError as error:
         raise SystemExit(f"error: {args.init}: {error}") from None
-    args.model, args.patch_size = model_name(encoder), encoder.arguments["patch_size"]  # recorded as it is trained
+    args.model, args.patch_size = weights.model_name(encoder), encoder.arguments["patch_size"]  # recorded as trained
     model.to(world.device)
     channels = encoder.arguments["channels"]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    ddp = DistributedDataParallel(model) if world.size > 1 else None
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
 
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
-    views = coco.DetectionViews(train, channels, args.seed, augment=True, crop_share=args.crop_share, flip=args.flip)
-    loader = data.training_loader(views, micro_batch, args.workers, world)
+    options = dict(augment=True, crop_ratio=args.crop_ratio, flip=args.flip)
+    views = coco.DetectionViews(train, channels, args.seed, **options)
+    loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)
     val_loader = scoring_loader(val, channels, args.workers, world)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
@@ -308,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.dry_run:
         steps_per_epoch = min(2, steps_per_epoch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
-    milestones = [args.epochs * share * steps_per_epoch for share in (3 / 4, 11 / 12)]
+    milestones = [args.epochs * part * steps_per_epoch for part in (3 / 4, 11 / 12)]
     peak_lr = args.blr * args.batch_size / 256
 
     # 5. Start, or go on from where the checkpoint was written
@@ -320,81 +329,70 @@ def main(argv: list[str] | None = None) -> None:
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
     run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
-        sizes = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model)]
+        backbone, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model))
         print(f"device  {world.describe()}")
         print(f"data    {args.data}: {train.describe()}; to validate {val.describe()}")
-        print(f"model   ViT and pyramid of {sizes[0]:.1f} M parameters, with the heads {sizes[1]:.1f} M")
-        print(f"steps   {total_steps:,}, each {args.batch_size} images = {world.size} x {accumulate} x {micro_batch}; "
-              f"peak learning rate {peak_lr:.3g} = {args.blr:g} * {args.batch_size} / 256")
+        print(f"model   ViT and pyramid of {backbone:.1f} M parameters, with the heads {whole:.1f} M")
+        print(
+            "steps  ", training.describe_steps(total_steps, args.batch_size, micro_batch, accumulate, args.blr, world)
+        )
         print(f"to continue after an interruption: python detect.py --resume {args.out}/last.pt")
 
-    # 6. Train
-    skipped_in_a_row = 0
-    bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=not world.is_main, leave=False)
+    # 6. Train. Each draw is seeded by its place in the run, so resuming is exact.
+    guard = training.StepGuard()
+    bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=world.hides_bars, leave=False)
     for epoch in range(first_epoch, args.epochs):
         model.train()
         loader.sampler.set_epoch(epoch)
-        batches, rows, start = data.batches(loader), [], time.perf_counter()
-        unreadable, waited = 0, 0.0
+        batches, steps, unreadable = training.batches(loader), [], 0
+        start, waiting = time.perf_counter(), training.Stopwatch()
         for _ in range(steps_per_epoch):
-            lr = training.warmup_steps(step, peak=peak_lr, milestones=milestones, warmup=warmup_steps)
+            lr = training.warmup_milestones(step, peak=peak_lr, milestones=milestones, warmup=warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            training.seed_generators(world.device, args.seed, "step", step, world.rank)  # sampled regions, sizes, ...
+            training.seed_generators(world.device, args.seed, "step", step, world.rank)  # RoIs, sizes, drop path, ...
 
-            # Forward and backward, in micro-batches
-            total = torch.zeros((), device=world.device)  # of the five losses and their sum
+            step_metrics = metrics.StepMetrics(accumulate)
             for i in range(accumulate):
-                waited -= time.perf_counter()
-                images, targets, readable = coco.unpack(next(batches))
-                waited += time.perf_counter()
+                with waiting:
+                    images, targets, readable = coco.unpack(next(batches))
                 unreadable += int((~readable).sum())
                 targets = [
                     {name: target[name].to(world.device, non_blocking=True) for name in ("boxes", "labels", "masks")}
                     for target in targets
                 ]
-                if ddp is not None:
-                    ddp.require_backward_grad_sync = i == accumulate - 1  # average the gradients once a step
+                if world.size > 1:
+                    parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
-                    losses = (ddp or model)(to_device(images, world.device), targets, ptr)
-                losses = torch.stack([losses[name] for name in LOSSES])
-                (losses.sum() / accumulate).backward()
-                total = total + torch.cat([losses.detach().sum()[None], losses.detach()]) / accumulate
+                    losses = parallel(to_device(images, world.device), targets, reduction)
+                loss = torch.stack([losses[name] for name in LOSSES]).sum()
+                (loss / accumulate).backward()
+                step_metrics.update(loss=loss, **{name: losses[name] for name in LOSSES})
             grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
-            values = [*training.mean_over_processes(total), grad_norm]
-            row = dict(zip(("loss", *LOSSES, "grad_norm"), torch.stack(values).tolist(), strict=True))
-            rows.append(row)
-
-            # A step that is not finite must not reach the weights; all processes decide the same.
-            if runs.is_finite(row):
+            steps.append(step_metrics.compute(grad_norm))
+            if guard.allows(steps[-1]):
                 optimizer.step()
-                skipped_in_a_row = 0
-            else:
-                skipped_in_a_row += 1
-                if skipped_in_a_row == 10:
-                    raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
             optimizer.zero_grad()
             step += 1
             bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}")
-            data.check_readable(unreadable, seen=len(rows) * args.batch_size // world.size)
+            bar.set_postfix(loss=f"{steps[-1]['loss']:.3f}")
+            training.check_readable(unreadable, seen=len(steps) * args.batch_size // world.size)
 
         # 7. Score, log, save
         seconds = time.perf_counter() - start
-        results, seen = find_objects(model, val_loader, ptr, args, world)
-        row = dict(epoch=epoch + 1, step=step, lr=lr) | runs.mean_of_steps(rows)
-        row |= dict(
-            unreadable=unreadable, images_per_second=len(rows) * args.batch_size / seconds, data_wait=waited / seconds
-        )
+        results, seen = find_objects(model, val_loader, reduction, args.precision, world)
+        row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
+        speed = dict(images_per_second=len(steps) * args.batch_size / seconds, data_wait=waiting.seconds / seconds)
+        row |= dict(unreadable=unreadable) | speed
         if world.is_main:
             row |= coco.average_precision(val, results, seen, show=epoch + 1 == args.epochs) | dict(scored=len(seen))
             history.append(row)
-            run.save(dict(
-                model=model.state_dict(), optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history,
-                method="detect", encoder=encoder.arguments, learned_positions=model.backbone.learned_positions,
-                categories=[list(category) for category in train.categories], num_images=len(train),
-            ), is_best=row["box_ap"] == max(some["box_ap"] for some in history))  # fmt: skip
-            tqdm.write(runs.describe(row))
+            content = dict(model=model.state_dict(), optimizer=optimizer.state_dict())
+            content |= dict(step=step, epoch=epoch + 1, history=history, method="detect", num_images=len(train))
+            content |= dict(encoder=encoder.arguments, learned_positions=model.backbone.learned_positions)
+            content |= dict(categories=[list(category) for category in train.categories])
+            run.save(content, is_best=row["box_ap"] == max(row["box_ap"] for row in history))
+            tqdm.write(runs.describe(row, "epoch", "loss", "box_ap", "mask_ap", "images_per_second"))
     bar.close()
 
     # 8. Say how it went

@@ -1,13 +1,15 @@
-"""The networks of PCAE (panels a and b of the poster): ViT encoder, light decoder, and `PCAE`, which ties them up.
+"""The networks, from the method down to its parts: `PCAE`, its decoder, the ViT encoder, the classifier.
 
-Read `PCAE` first: its `forward` is the method. `Classifier` is what fine-tuning trains. Shapes: B images, N patches,
-n tokens of a sequence, D width. Encoder parameters carry timm's names, so public ViT weights load without a mapping
-(`weights.py`) and ours load into timm.
+`PCAE.forward` is the method (panel a of the poster); `Classifier` is what fine-tuning trains (panel b). Shapes: B
+images, N patches, n tokens of a sequence, D width. Encoder parameters carry timm's names, so public ViT weights load
+without a mapping (`weights.py`) and ours load into timm.
 """
+
+from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +34,297 @@ NO_PTR = PTR()  # drops nothing
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels between 0 and 1
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# --- the method -------------------------------------------------------------------------------------------------------
+
+
+class PCAEOutput(NamedTuple):
+    """The loss, and what it was made of, to look at. V visible patches, R retained by the teacher."""
+
+    loss: Tensor  # scalar
+    visible: Tensor  # (B, V) patch ids the student saw
+    masked: Tensor  # (B, N - V) patch ids the teacher saw
+    retained: Tensor  # (B, R) patch ids that PTR left
+    prediction: Tensor  # (B, R, D)
+    target: Tensor  # (B, R, D)
+
+
+class PCAE(nn.Module):
+    """Progressively Compressed Auto-Encoder. `student` is what you keep; `teacher` is its moving average.
+
+    Raises ValueError where the ratios, stages and sizes do not fit together.
+    """
+
+    def __init__(
+        self,
+        student: ViT,
+        *,
+        mask_ratio: float = 0.75,
+        ptr: PTR = NO_PTR,
+        decoder_dim: int = 512,
+        decoder_depth: int = 2,
+        decoder_heads: int = 16,
+    ):
+        super().__init__()
+        self.mask_ratio, self.ptr = mask_ratio, ptr
+        self.num_visible = count_visible(student.num_patches, mask_ratio)
+        self.token_counts = token_counts(student.num_patches - self.num_visible, len(student.blocks), self.ptr)
+        self.student = student
+        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, student.dim)
+
+    def describe(self) -> str:
+        """What is encoded, in words."""
+        teacher = " ".join(map(str, self.token_counts))
+        return f"student: {self.num_visible} visible + class token; teacher: {teacher}"
+
+    def train(self, mode: bool = True) -> PCAE:
+        """As usual, but the teacher always stays in evaluation mode: its targets know no drop path."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> PCAEOutput:
+        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; by default it is drawn uniformly.
+
+        The same noise gives the same result, unless drop path or the `random` criterion draw from torch's generator.
+        """
+        if noise is None:
+            noise = torch.rand(len(images), self.student.num_patches, device=images.device)
+        visible, masked = split_patches(noise, self.mask_ratio)
+        target, retained = self.forward_teacher(images, masked)
+        latent = self.student(images, visible).tokens
+        prediction = self.decoder(latent, visible, retained)
+        return PCAEOutput(cosine_loss(prediction, target), visible, masked, retained, prediction, target)
+
+    @torch.no_grad()
+    def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised latents (B, R, D) of the masked patches that PTR retains, and their patch ids (B, R)."""
+        latent, retained, _ = self.teacher(images, masked, class_token=False, ptr=self.ptr)
+        return F.layer_norm(latent.float(), latent.shape[-1:]), retained
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """teacher = momentum * teacher + (1 - momentum) * student, once after each optimizer step.
+
+        By lerp, which leaves equal weights equal; a product and a sum would let the fixed positions drift.
+        """
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
+
+
+def count_visible(num_patches: int, mask_ratio: float) -> int:
+    """How many of the patches stay visible: floor(N (1 - mask_ratio)). ValueError if all or none of them are."""
+    num_visible = num_kept(num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
+    if not 0 < num_visible < num_patches:
+        raise ValueError(
+            f"the mask ratio {mask_ratio:g} must be in [0, 1) and leave at least one of the "
+            f"{num_patches} patches visible and one masked"
+        )
+    return num_visible
+
+
+def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
+    """Split the patches at random by `noise` (B, N): the floor(N (1 - mask_ratio)) smallest are visible.
+
+    Returns patch ids: visible (B, V), masked (B, N - V).
+    """
+    order = noise.argsort(dim=1)
+    num_visible = count_visible(noise.shape[1], mask_ratio)
+    return order[:, :num_visible], order[:, num_visible:]
+
+
+def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
+    """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
+    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
+
+
+# --- decoder ----------------------------------------------------------------------------------------------------------
+
+
+class Decoder(nn.Module):
+    """Predicts the teacher's output at asked positions from the student's tokens: a few narrow blocks."""
+
+    def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"the decoder's width {dim} is not a multiple of its {heads} attention heads")
+        self.embed = nn.Linear(encoder_dim, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.pred = nn.Linear(dim, out_dim)
+        self.apply(init_weights)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
+        """Tokens (B, 1 + V, D) of class and patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried`."""
+        cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
+        cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
+        masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
+        x = torch.cat([cls + cls_position, patches + patch_positions[visible], masks], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -queried.shape[1] :]))
+
+
+# --- encoder ----------------------------------------------------------------------------------------------------------
+
+
+class Encoded(NamedTuple):
+    """What an encoder returns: normalised tokens, and the patch (row-major) that each patch token is of.
+
+    `tapped` holds the tokens after chosen blocks, before PTR drops some of them, and the patches these are of.
+    """
+
+    tokens: Tensor  # (B, [1 +] n, D)
+    patch_ids: Tensor  # (B, n)
+    tapped: dict[int, tuple[Tensor, Tensor]]  # block -> (B, [1 +] m, D), (B, m)
+
+
+class ViT(nn.Module):
+    """Vision transformer on any subset of an image's patches, with or without its class token, with or without PTR."""
+
+    def __init__(
+        self,
+        image_size: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        *,
+        channels: int = 3,
+        dim: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ):
+        super().__init__()
+        if dim < 1 or heads < 1 or dim % heads:
+            raise ValueError(f"the width {dim} is not a multiple of the {heads} attention heads")
+        sizes = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
+        pixels = dict(image_size=tuple(image_size), patch_size=patch_size, channels=channels)
+        statistics = dict(mean=tuple(mean), std=tuple(std))  # of the pixels it expects (`data.Normalize`)
+        self.arguments = pixels | sizes | statistics
+        self.image_size = tuple(image_size)
+        self.grid = grid_size(image_size, patch_size)
+        self.num_patches = math.prod(self.grid)
+        self.dim = dim
+        self.patch_embed = PatchEmbed(patch_size, channels, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, self.grid), requires_grad=False)
+        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are skipped more often
+        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.apply(init_weights)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def describe(self) -> str:
+        """Its size in words."""
+        parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
+        return f"{parameters:.1f} M parameters, {self.num_patches} patches"
+
+    def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
+        """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
+        if images.shape[-2:] != self.image_size:
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels given to a ViT made for {self.image_size}")
+        x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]
+        if class_token:
+            cls = self.cls_token + self.pos_embed[:, :1]
+            x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
+        return x
+
+    def forward(
+        self,
+        images: Tensor,
+        patch_ids: Tensor | None = None,
+        *,
+        class_token: bool = True,
+        ptr: PTR = NO_PTR,
+        taps: Collection[int] = (),
+    ) -> Encoded:
+        """Encode patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
+        if patch_ids is None:
+            patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
+        x = self.embed(images, patch_ids, class_token)
+        return self.encode(x, patch_ids, num_prefix=int(class_token), ptr=ptr, taps=taps)
+
+    def encode(
+        self,
+        x: Tensor,
+        patch_ids: Tensor,
+        *,
+        num_prefix: int = 1,
+        ptr: PTR = NO_PTR,
+        taps: Collection[int] = (),
+        grid: tuple[int, int] | None = None,
+    ) -> Encoded:
+        """Run the blocks on tokens (B, num_prefix + n, D) of patches `patch_ids` (B, n) of `grid`."""
+        tapped = {}
+        for i, block in enumerate(self.blocks):
+            x = block(x, self.attention_bias(block, patch_ids, num_prefix, grid or self.grid))
+            if i in taps:
+                tapped[i] = x, patch_ids
+            if i in ptr.blocks:
+                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix, ptr.criterion)
+                patch_ids = patch_ids.gather(1, kept)
+        return Encoded(self.norm(x), patch_ids, tapped)
+
+    def attention_bias(self, block: Block, patch_ids: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tensor | None:
+        """What to add to a block's attention scores: nothing here; in BEiT, what depends on the distance of patches."""
+
+
+def pool(tokens: Tensor, by: str = "mean") -> Tensor:
+    """One vector (B, D) for an image from its tokens (B, 1 + n, D): the `mean` of its patches, or its `class` token."""
+    return tokens[:, 1:].mean(dim=1) if by == "mean" else tokens[:, 0]
+
+
+# --- classification ---------------------------------------------------------------------------------------------------
+
+
+class Classifier(nn.Module):
+    """A ViT over whole images with a linear head on one pooled vector; PTR spares the class token (panel b).
+
+    Where the layers of norm are, in timm's names:
+        pool="mean"   the mean of the patch tokens that PTR left, then `fc_norm` (the paper, MAE)
+        pool="class"  the encoder's `norm`, then the class token (DeiT)
+        frozen=True   the encoder's `norm`, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
+    MAE's probe standardises by BatchNorm over each batch. Here the statistics are those of all training images, which
+    finetune.py computes once: the encoder is frozen, so they never change.
+    `encoder` becomes a part of it: its positions become trainable, or if `frozen` nothing of it is.
+    """
+
+    def __init__(self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False):
+        super().__init__()
+        self.encoder, self.pool, self.frozen = encoder, pool, frozen
+        encoder.requires_grad_()
+        if frozen:
+            encoder.requires_grad_(False).eval()
+            self.fc_norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6)
+        elif pool == "mean":
+            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6)
+        else:
+            self.fc_norm = nn.Identity()
+        self.head = nn.Linear(encoder.dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: logits start at zero
+        nn.init.zeros_(self.head.bias)
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As usual, but what is frozen stays in evaluation mode: no drop path, no statistics of single batches."""
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+            self.fc_norm.eval()
+        return self
+
+    def forward(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
+        """Images (B, C, H, W), normalised -> logits (B, classes)."""
+        return self.head(self.fc_norm(self.features(images, ptr)))
+
+    def features(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
+        """Images (B, C, H, W), normalised -> pooled tokens (B, D)."""
+        return pool(self.encoder(images, ptr=ptr).tokens, self.pool)
+
 
 # --- parts of a transformer -------------------------------------------------------------------------------------------
 
@@ -108,7 +401,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch under drop path.
 
-    `bias` (B, heads, n, n), which `beit.py` has, is added to the scores of attention.
+    `bias` (B, heads, n, n) is added to the scores of attention (see `ViT.attention_bias`).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
@@ -129,286 +422,3 @@ def init_weights(module: nn.Module) -> None:
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         nn.init.zeros_(module.bias)
-
-
-# --- encoder ----------------------------------------------------------------------------------------------------------
-
-
-class Encoded(NamedTuple):
-    """What an encoder returns: normalised tokens, and the patch (row-major) that each patch token is of.
-
-    `tapped` holds the tokens after chosen blocks, before PTR drops some of them, and the patches these are of.
-    """
-
-    tokens: Tensor  # (B, [1 +] n, D)
-    patch_ids: Tensor  # (B, n)
-    tapped: dict[int, tuple[Tensor, Tensor]]  # block -> (B, [1 +] m, D), (B, m)
-
-
-class ViT(nn.Module):
-    """Vision transformer on any subset of an image's patches, with or without its class token, with or without PTR."""
-
-    def __init__(
-        self,
-        image_size: tuple[int, int] = (224, 224),
-        patch_size: int = 16,
-        *,
-        channels: int = 3,
-        dim: int = 768,
-        depth: int = 12,
-        heads: int = 12,
-        mlp_ratio: float = 4.0,
-        drop_path: float = 0.0,
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ):
-        super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"the width {dim} is not a multiple of the {heads} attention heads")
-        self.arguments = dict(
-            image_size=tuple(image_size), patch_size=patch_size, channels=channels,
-            dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio,
-            mean=tuple(mean), std=tuple(std),  # of the pixels that it is made for: `data.Normalize` takes them out
-        )  # fmt: skip
-        self.image_size = tuple(image_size)
-        self.grid = grid_size(image_size, patch_size)
-        self.num_patches = math.prod(self.grid)
-        self.dim = dim
-        self.patch_embed = PatchEmbed(patch_size, channels, dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, self.grid), requires_grad=False)
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]  # deeper blocks are skipped more often
-        self.blocks = nn.ModuleList(Block(dim, heads, mlp_ratio, rate) for rate in rates)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.apply(init_weights)
-        nn.init.normal_(self.cls_token, std=0.02)
-
-    def describe(self) -> str:
-        """Its size in words."""
-        parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
-        return f"{parameters:.1f} M parameters, {self.num_patches} patches"
-
-    def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
-        """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
-        if images.shape[-2:] != self.image_size:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels given to a ViT made for {self.image_size}")
-        x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]
-        if class_token:
-            cls = self.cls_token + self.pos_embed[:, :1]
-            x = torch.cat([cls.expand(len(x), -1, -1), x], dim=1)
-        return x
-
-    def forward(
-        self,
-        images: Tensor,
-        patch_ids: Tensor | None = None,
-        *,
-        class_token: bool = True,
-        ptr: PTR = NO_PTR,
-        taps: Collection[int] = (),
-    ) -> Encoded:
-        """Encode patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
-        if patch_ids is None:
-            patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
-        return self.encode(self.embed(images, patch_ids, class_token), patch_ids, ptr, taps)
-
-    def encode(
-        self, x: Tensor, patch_ids: Tensor, ptr: PTR = NO_PTR, taps: Collection[int] = (),
-        bias: Callable[[Block, Tensor], Tensor] | None = None,
-    ) -> Encoded:  # fmt: skip
-        """The blocks, on embedded tokens (B, [1 +] n, D) of patches `patch_ids` (B, n); `bias` is for `beit.py`."""
-        num_prefix = x.shape[1] - patch_ids.shape[1]
-        tapped = {}
-        for i, block in enumerate(self.blocks):
-            x = block(x, bias and bias(block, patch_ids))
-            if i in taps:
-                tapped[i] = x, patch_ids
-            if i in ptr.blocks:
-                x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix, ptr.criterion)
-                patch_ids = patch_ids.gather(1, kept)
-        return Encoded(self.norm(x), patch_ids, tapped)
-
-
-def pool(tokens: Tensor, by: str = "mean") -> Tensor:
-    """One vector (B, D) for an image from its tokens (B, 1 + n, D): the `mean` of its patches, or its `class` token."""
-    return tokens[:, 1:].mean(dim=1) if by == "mean" else tokens[:, 0]
-
-
-# --- decoder ----------------------------------------------------------------------------------------------------------
-
-
-class Decoder(nn.Module):
-    """Predicts the teacher's output at asked positions from the student's tokens: a few narrow blocks."""
-
-    def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
-        super().__init__()
-        if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"the decoder's width {dim} is not a multiple of its {heads} attention heads")
-        self.embed = nn.Linear(encoder_dim, dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.pred = nn.Linear(dim, out_dim)
-        self.apply(init_weights)
-        nn.init.normal_(self.mask_token, std=0.02)
-
-    def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
-        """Tokens (B, 1 + V, D) of class and patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried`."""
-        cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
-        cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
-        masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
-        x = torch.cat([cls + cls_position, patches + patch_positions[visible], masks], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        return self.pred(self.norm(x[:, -queried.shape[1] :]))
-
-
-# --- the method -------------------------------------------------------------------------------------------------------
-
-
-class PCAEOutput(NamedTuple):
-    """The loss, and what it was made of, to look at. V visible patches, R retained by the teacher."""
-
-    loss: Tensor  # scalar
-    visible: Tensor  # (B, V) patch ids the student saw
-    masked: Tensor  # (B, N - V) patch ids the teacher saw
-    retained: Tensor  # (B, R) patch ids that PTR left
-    prediction: Tensor  # (B, R, D)
-    target: Tensor  # (B, R, D)
-
-
-class PCAE(nn.Module):
-    """Progressively Compressed Auto-Encoder. `student` is what you keep; `teacher` is its moving average.
-
-    Raises ValueError where the ratios, stages and sizes do not fit together.
-    """
-
-    def __init__(
-        self,
-        student: ViT,
-        *,
-        mask_ratio: float = 0.75,
-        ptr: PTR = NO_PTR,
-        decoder_dim: int = 512,
-        decoder_depth: int = 2,
-        decoder_heads: int = 16,
-    ):
-        super().__init__()
-        self.mask_ratio, self.ptr = mask_ratio, ptr
-        self.num_visible = count_visible(student.num_patches, mask_ratio)
-        self.token_counts = token_counts(student.num_patches - self.num_visible, len(student.blocks), self.ptr)
-        self.student = student
-        self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
-        self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, student.dim)
-
-    def describe(self) -> str:
-        """What is encoded, in words."""
-        teacher = " ".join(map(str, self.token_counts))
-        return f"student: {self.num_visible} visible + class token; teacher: {teacher}"
-
-    def train(self, mode: bool = True) -> "PCAE":
-        """As usual, but the teacher always stays in evaluation mode: its targets know no drop path."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> PCAEOutput:
-        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; by default it is drawn uniformly.
-
-        The same noise gives the same result, unless drop path or the `random` criterion draw from torch's generator.
-        """
-        if noise is None:
-            noise = torch.rand(len(images), self.student.num_patches, device=images.device)
-        visible, masked = split_patches(noise, self.mask_ratio)
-        target, retained = self.forward_teacher(images, masked)
-        latent = self.student(images, visible).tokens
-        prediction = self.decoder(latent, visible, retained)
-        return PCAEOutput(cosine_loss(prediction, target), visible, masked, retained, prediction, target)
-
-    @torch.no_grad()
-    def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latents (B, R, D) of the masked patches that PTR retains, and their patch ids (B, R)."""
-        latent, retained, _ = self.teacher(images, masked, class_token=False, ptr=self.ptr)
-        return F.layer_norm(latent.float(), latent.shape[-1:]), retained
-
-    @torch.no_grad()
-    def update_teacher(self, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, once after each optimizer step.
-
-        By lerp, which leaves equal weights equal; a product and a sum would let the fixed positions drift.
-        """
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
-
-
-def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many of the patches stay visible: floor(N (1 - mask_ratio)). ValueError if all or none of them are."""
-    num_visible = num_kept(num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
-    if not 0 < num_visible < num_patches:
-        raise ValueError(
-            f"the mask ratio {mask_ratio:g} must be in [0, 1) and leave at least one of the "
-            f"{num_patches} patches visible and one masked"
-        )
-    return num_visible
-
-
-def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Split the patches at random by `noise` (B, N): the floor(N (1 - mask_ratio)) smallest are visible.
-
-    Returns patch ids: visible (B, V), masked (B, N - V).
-    """
-    order = noise.argsort(dim=1)
-    num_visible = count_visible(noise.shape[1], mask_ratio)
-    return order[:, :num_visible], order[:, num_visible:]
-
-
-def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
-    return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
-
-
-# --- classification ---------------------------------------------------------------------------------------------------
-
-
-class Classifier(nn.Module):
-    """A ViT over whole images with a linear head on one pooled vector; PTR spares the class token (panel b).
-
-    Where the layers of norm are, in timm's names:
-        pool="mean"   the mean of the patch tokens that PTR left, then `fc_norm` (the paper, MAE)
-        pool="class"  the encoder's `norm`, then the class token (DeiT)
-        frozen=True   the encoder's `norm`, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
-    MAE's probe standardises by BatchNorm over each batch. Here the statistics are those of all training images, which
-    finetune.py computes once: the encoder is frozen, so they never change.
-    `encoder` becomes a part of it: its positions become trainable, or if `frozen` nothing of it is.
-    """
-
-    def __init__(self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False):
-        super().__init__()
-        self.encoder, self.pool, self.frozen = encoder, pool, frozen
-        encoder.requires_grad_()
-        if frozen:
-            encoder.requires_grad_(False).eval()
-            self.fc_norm = nn.BatchNorm1d(encoder.dim, affine=False, eps=1e-6)
-        elif pool == "mean":
-            encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(encoder.dim, eps=1e-6)
-        else:
-            self.fc_norm = nn.Identity()
-        self.head = nn.Linear(encoder.dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: logits start at zero
-        nn.init.zeros_(self.head.bias)
-
-    def train(self, mode: bool = True) -> "Classifier":
-        """As usual, but what is frozen stays in evaluation mode: no drop path, no statistics of single batches."""
-        super().train(mode)
-        if self.frozen:
-            self.encoder.eval()
-            self.fc_norm.eval()
-        return self
-
-    def forward(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
-        """Images (B, C, H, W), normalised -> logits (B, classes)."""
-        return self.head(self.fc_norm(self.features(images, ptr)))
-
-    def features(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
-        """Images (B, C, H, W), normalised -> pooled tokens (B, D)."""
-        return pool(self.encoder(images, ptr=ptr).tokens, self.pool)

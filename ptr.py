@@ -12,8 +12,11 @@ Words used throughout: *kept* are the tokens that stay, *dropped* the ones that 
 the start of the sequence (the class token) that are neither scored, nor dropped, nor part of the mean.
 """
 
+import argparse
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,3 +127,28 @@ def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
             f"a drop ratio of {ptr.drop_ratio:g} after blocks {list(ptr.blocks)} leaves none of {num_tokens} tokens"
         )
     return counts
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+# Groups of flags that a checkpoint also records; those of a group are taken together.
+FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop_ratio",))
+
+
+def add_flags(add: Callable[..., Any]) -> None:
+    """The flags about where tokens are dropped, and which; `--drop-ratio` is each script's own."""
+    at = "the block of each stage to drop after: its first (start), its last (late), or the first blocks of all (front)"
+    add("--drop-stages", type=int, default=3, help="number of stages that drop tokens")
+    add("--drop-at", default="start", choices=PLACEMENTS, help=at)
+    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="drop after these blocks instead (0-based)")
+    add("--criterion", default="similarity", choices=CRITERIA, help="which tokens to drop (ptr.CRITERIA)")
+
+
+def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:
+    """PTR as these flags say, at this ratio, in `depth` blocks. Raises ValueError where they do not fit."""
+    if not drop_ratio:
+        return PTR()
+    blocks = args.drop_blocks
+    if blocks is None:
+        blocks = drop_blocks(depth, args.drop_stages, args.drop_at)
+    return PTR(tuple(blocks), drop_ratio, args.criterion)

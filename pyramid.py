@@ -10,7 +10,6 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.poolers import LevelMapper
 
-from beit import BEiT
 from model import NO_PTR, ViT, sincos_position_embedding
 from ptr import PTR, scatter_tokens
 from weights import resize_positions
@@ -61,10 +60,10 @@ class ViTPyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels, self.learned_positions = encoder, channels, learned_positions
         encoder.norm = nn.Identity()
-        if not isinstance(encoder, BEiT):  # whose zeros are no parameter
+        if isinstance(encoder.pos_embed, nn.Parameter):  # BEiT's zeros are not
             encoder.pos_embed.requires_grad_(learned_positions)
         depth = len(encoder.blocks)
-        self.taps = [max(1, round(depth * share)) - 1 for share in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
+        self.taps = [max(1, round(depth * part)) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
         self.patch_size = encoder.arguments["patch_size"]
         if self.patch_size & (self.patch_size - 1):
             raise ValueError(f"patches of {self.patch_size} pixels: the pyramid needs a power of 2")
@@ -96,9 +95,8 @@ class ViTPyramid(nn.Module):
         patches = self.encoder.patch_embed(images) + positions[1:]
         cls = (self.encoder.cls_token + positions[:1]).expand(len(images), -1, -1)
         ids = torch.arange(patches.shape[1], device=images.device).expand(len(images), -1)  # (B, N)
-        where = dict(grid=grid) if isinstance(self.encoder, BEiT) else {}  # absolute positions are in the tokens
         tokens, taps = torch.cat([cls, patches], dim=1), {*self.taps, *ptr.blocks}
-        encoded = self.encoder.encode(tokens, ids, ptr, taps, **where)
+        encoded = self.encoder.encode(tokens, ids, ptr=ptr, taps=taps, grid=grid)
         whole, tapped = patches, []
         for block, (tokens, ids) in encoded.tapped.items():
             whole = scatter_tokens(whole, tokens[:, 1:], ids)

@@ -15,42 +15,47 @@ import itertools
 import json
 import math
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import util.threads  # noqa: F401 (before torch)
+
 import torch
 import torch.nn.functional as F
-from einops import repeat
+from einops import rearrange, repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
+import coco
 import data
 import detect
-import runs
-import training
+import ptr
 import weights
-from image_files import UnreadableImage, find_images, read_image
-from model import patchify, split_patches
-from ptr import CRITERIA, gather_tokens, scatter_tokens, token_counts
-from shapes import draw_scene
-from weights import find_weights, load_classifier, load_encoder, told
+from model import ViT, patchify, split_patches
+from ptr import CRITERIA, PTR, gather_tokens, scatter_tokens
+from util import runs, training
+from util.image_files import UnreadableImage, find_images, read_image
+from util.shapes import draw_scene
+from util.small_images import in_channels
 
-# What is taken from the checkpoint, besides the drop ratio, where no flag says otherwise.
-KEPT = ("data", "data_root", "drop_stages", "drop_at", "drop_blocks", "criterion", "mask_ratio")
+# Groups of settings that are taken from the checkpoint where no flag is given.
+KEPT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
 
 GAP, LINE = 8, 17  # pixels between tiles, and of a line of text
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fbf", "#8a8a00")  # of classes
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; the checkpoint's settings of PTR take the place of these defaults."""
+    """All flags; the checkpoint's settings take the place of these defaults."""
     parser = runs.flag_parser(__doc__)
     parser.add_argument("images", nargs="*", help="files, or folders with image files (default: those of --data)")
+
     add = parser.add_argument_group("picture").add_argument
     add("--out", default="picture.png", metavar="FILE", help="where it is written")
-    add("--data", default="shapes", choices=data.SETS, help="set whose validation images are shown")
+    add("--data", default="shapes", help=f"whose validation images are shown: {', '.join(data.SETS)}, or a folder")
     add("--data-root", default="data", metavar="FOLDER", help="where torchvision's sets lie")
     add("--limit", type=int, default=8, metavar="N", help="take N images of --data, and N of each folder")
     add("--masked", action="store_true", help="give PTR the masked patches alone, as in pre-training")
@@ -58,18 +63,20 @@ def arguments() -> argparse.ArgumentParser:
     add("--score-threshold", type=float, default=0.5, help="draw what a detector is at least so sure of")
     add("--log", nargs="+", metavar="RUN", help="draw the learning curves of these run folders instead")
     add("--metrics", nargs="+", metavar="NAME", help="with --log: these columns (default: all)")
+
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", default="runs/pretrain/last.pt", metavar="FILE", help="of ours, or a public ViT")
-    add("--weights", choices=("student", "teacher"), help="which encoder of it (default: of PCAE the teacher)")
-    weights.add_flags(add)
-    add("--pool", choices=("mean", "class"), help="what the head of a public classifier sees, if its file does not say")
-    add("--device", default="auto", help="cpu, cuda, mps, ...")
-    add("--seed", type=int, default=0, help="of the masked patches and the random criterion")
+    weights.add_file_flags(add)
+    parser.set_defaults(weights=None)  # of PCAE the teacher, else the student
+    add("--pool", choices=weights.POOLS, help="what the head of a public classifier sees, if its file does not say")
+    runs.add_device_flags(add)
+
     add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
-    add("--mask-ratio", type=float, default=0.75, help="share of the patches that is masked")
-    add("--drop-ratio", type=float, default=0.5, help="share of its tokens that each stage drops; also the default to "
-        "show the patches of a checkpoint that drops none")
-    runs.add_ptr_flags(add)
+    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that is masked")
+    add(
+        "--drop-ratio", type=float, help="fraction of its tokens that each stage drops (default, if it drops none: 0.5)"
+    )
+    ptr.add_flags(add)
     return parser
 
 
@@ -88,51 +95,57 @@ def read_images(names: list[str], limit: int) -> list[Tensor]:
     return images
 
 
-@torch.no_grad()
-def draw_patches(
-    args: argparse.Namespace, trained: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device
-) -> Image.Image:
-    """What PTR keeps of images, stage by stage, and what a classifier says of them, with PTR as it was `trained`."""
-    method = checkpoint.get("method")
-    which = args.weights or ("teacher" if method == "pcae" else "student")
-    num_prefix = 0 if (method, which) == ("pcae", "teacher") else 1  # that one runs without class token
-    classifier = None
-    if which == "student" and "head.weight" in find_weights(checkpoint):
-        classifier = load_classifier(checkpoint, pool=args.pool, **told(args)).to(device).eval()
-    encoder = classifier.encoder if classifier else load_encoder(checkpoint, weights=which, **told(args))
-    encoder.to(device).eval()
-    channels, patch_size, depth = (encoder.arguments[name] for name in ("channels", "patch_size", "depth"))
-    ptr = runs.token_reduction(args, depth, args.drop_ratio)
+def single(drop_ratio: float | list[float] | None) -> float | None:
+    """The drop ratio of a checkpoint's settings: detect.py records a list of one."""
+    return drop_ratio[0] if isinstance(drop_ratio, list) else drop_ratio
 
-    # Images, uint8 (B, 3, H, W), and the patches of them that PTR is given, (B, n)
-    view = data.CenterView(encoder.image_size, data.evaluation_margin(encoder.image_size))
-    images = [view(image) for image in read_images(args.images, args.limit)]
-    if not images:
-        named = argparse.Namespace(**vars(args), image_size=encoder.image_size, download=False)
-        images = [view(image) for image, _ in data.validation_images(named, limit=args.limit)]
-    images = torch.stack(images)
-    images = images if channels == 3 else tvf.rgb_to_grayscale(images, 3)
-    inputs = data.normalize_for(encoder).to(device)(images[:, :channels])
-    patch_ids = torch.arange(encoder.num_patches).expand(len(images), -1)
-    if args.masked:
-        noise = torch.rand(patch_ids.shape, generator=training.generator(args.seed, "split"))
-        patch_ids = split_patches(noise, args.mask_ratio)[1]
-    token_counts(patch_ids.shape[1], depth, ptr)  # raises ValueError where they do not fit
+
+def validation_images(name: str, root: str, size: tuple[int, int], limit: int) -> list[Tensor]:
+    """Images of a set or of a folder (its `val/`, if any), uint8 (3, H, W)."""
+    if name in data.SETS:
+        return [image for image, _ in data.validation_images(name, root, size, limit)]
+    val = Path(name) / "val"
+    return read_images([str(val if val.is_dir() else name)], limit)
+
+
+@torch.no_grad()
+def draw_stages(
+    encoder: ViT,
+    images: Tensor,
+    patch_ids: Tensor,
+    reduction: PTR,
+    *,
+    class_token: bool = True,
+    heatmap: bool = False,
+    captions: Sequence[str] = (),
+    seed: int = 0,
+) -> Image.Image:
+    """What PTR keeps of images, uint8 (B, 3, H, W), stage by stage, if it is given their patches `patch_ids` (B, n).
+
+    A row per image, with a caption below its first tile; with `heatmap` also the scores by which each stage chooses.
+    `seed` is that of the `random` criterion. Raises ValueError where `reduction` does not fit.
+    """
+    patch_size, device = encoder.patch_embed.patch_size, encoder.cls_token.device
+    ptr.token_counts(patch_ids.shape[1], len(encoder.blocks), reduction)
+    inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
 
     # One pass: what a stage keeps is what the next one is given. Of the same seed `random` draws the same scores again.
-    training.seed_generators(device, args.seed)
-    encoded = encoder(inputs, patch_ids.to(device), class_token=num_prefix > 0, ptr=ptr, taps=ptr.blocks)
+    training.seed_generators(device, seed)
+    options = dict(class_token=class_token, ptr=reduction, taps=reduction.blocks)
+    encoded = encoder(inputs, patch_ids.to(device), **options)
     given = [ids.cpu() for _, ids in encoded.tapped.values()] + [encoded.patch_ids.cpu()]
-    training.seed_generators(device, args.seed)
-    scores = [CRITERIA[ptr.criterion](tokens[:, num_prefix:]).cpu() for tokens, _ in encoded.tapped.values()]
+    training.seed_generators(device, seed)
+    criterion, num_prefix = CRITERIA[reduction.criterion], int(class_token)
+    scores = [criterion(tokens[:, num_prefix:]).cpu() for tokens, _ in encoded.tapped.values()]
 
     # The columns, patch by patch: (B, N, 3 p p)
+    images = in_channels(in_channels(images, encoder.arguments["channels"]), 3)
     patches = patchify(images, patch_size)
     grey = patchify(tvf.rgb_to_grayscale(images, 3), patch_size) // 4
     faded = scatter_tokens(grey // 4 + 200, gather_tokens(grey + 100, patch_ids), patch_ids)
     columns, texts = [patches], ["input"]
     for i, (before, after) in enumerate(itertools.pairwise(given)):
-        if args.heatmap:
+        if heatmap:
             low, high = scores[i].aminmax()
             heat = 3 * ((scores[i] - low) / (high - low).clamp(min=1e-9))
             colours = 255 * torch.stack([heat, heat - 1, heat - 2], dim=2).clamp(0, 1)  # (B, n, 3)
@@ -140,21 +153,50 @@ def draw_patches(
             texts.append(f"scores\n{low:.2f} to {high:.2f}")
         columns.append(scatter_tokens(faded, gather_tokens(patches, after), after))
         texts.append(f"stage {i + 1}\n{after.shape[1]} of {before.shape[1]} kept")
+    rows, p = encoder.grid[0], patch_size
+    tiles = rearrange(torch.stack(columns, dim=1), "b k (h w) (c p q) -> (b k) c (h p) (w q)", h=rows, c=3, p=p, q=p)
     scale = math.ceil(128 / min(encoder.image_size))  # large enough for text
-    tiles = repeat(torch.stack(columns, dim=1), "b k (h w) (c p q) -> (b k) c (h p s) (w q t)",
-                   h=encoder.grid[0], c=3, p=patch_size, s=scale, t=scale)  # fmt: skip
+    return sheet(repeat(tiles, "b c h w -> b c (h s) (w t)", s=scale, t=scale), texts, captions)
+
+
+@torch.no_grad()
+def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
+    """`draw_stages` of a checkpoint, and what its classifier says of the images, with PTR as it was trained."""
+    method, options = checkpoint.get("method"), weights.told(args)
+    which = args.weights or ("teacher" if method == "pcae" else "student")
+    classifier = None
+    if which == "student" and "head.weight" in weights.find_weights(checkpoint):
+        classifier = weights.load_classifier(checkpoint, pool=args.pool, **options).to(device).eval()
+    encoder = classifier.encoder if classifier else weights.load_encoder(checkpoint, weights=which, **options)
+    encoder.to(device).eval()
+    depth, size = len(encoder.blocks), encoder.image_size
+
+    view = data.CenterView(size, data.evaluation_margin(size))
+    images = read_images(args.images, args.limit) or validation_images(args.data, args.data_root, size, args.limit)
+    images = torch.stack([view(image) for image in images])
+    patch_ids = torch.arange(encoder.num_patches).expand(len(images), -1)
+    if args.masked:
+        noise = torch.rand(patch_ids.shape, generator=training.generator(args.seed, "split"))
+        patch_ids = split_patches(noise, args.mask_ratio)[1]
 
     captions = []
     if classifier:
         training.seed_generators(device, args.seed)
-        logits = classifier(inputs, ptr=runs.token_reduction(trained, depth, trained.drop_ratio))
-        shares, labels = logits.softmax(dim=1).max(dim=1)
+        inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
+        config = checkpoint.get("config", {}) if "method" in checkpoint else {}
+        trained = argparse.Namespace(**vars(args) | config)
+        logits = classifier(inputs, ptr=ptr.from_args(trained, depth, single(trained.drop_ratio)))
+        confidences, labels = logits.softmax(dim=1).max(dim=1)
         names = checkpoint.get("classes") or [f"class {i}" for i in range(logits.shape[1])]
-        captions = [f"{names[i]} {share:.1%}" for i, share in zip(labels.tolist(), shares.tolist(), strict=True)]
-    return sheet(tiles, texts, captions)
+        pairs = zip(labels.tolist(), confidences.tolist(), strict=True)
+        captions = [f"{names[i]} {confidence:.1%}" for i, confidence in pairs]
+    reduction = ptr.from_args(args, depth, args.drop_ratio or 0.5)
+    class_token = (method, which) != ("pcae", "teacher")  # which runs without
+    shown = dict(class_token=class_token, heatmap=args.heatmap, captions=captions, seed=args.seed)
+    return draw_stages(encoder, images, patch_ids, reduction, **shown)
 
 
-def sheet(tiles: Tensor, texts: list[str], captions: list[str]) -> Image.Image:
+def sheet(tiles: Tensor, texts: list[str], captions: Sequence[str]) -> Image.Image:
     """Tiles, uint8 (B K, 3, H, W), in a column for each of K `texts`, and `captions` (B or none) below the first."""
     height, width = tiles.shape[-2:]
     head, below = 2 * LINE, LINE if captions else 0
@@ -171,18 +213,21 @@ def sheet(tiles: Tensor, texts: list[str], captions: list[str]) -> Image.Image:
 @torch.no_grad()
 def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
     """What a detector finds in images: boxes, masks, names and scores. Four images beside each other."""
-    settings = argparse.Namespace(**checkpoint["config"])
-    model = detect.load_detector(settings, checkpoint).to(device).eval()
-    encoder, short_side = model.backbone.encoder, settings.short_side[-1]
-    ptr = runs.token_reduction(args, len(encoder.blocks), args.drop_ratio)
-    token_counts((short_side // model.backbone.patch_size) ** 2, len(encoder.blocks), ptr)
+    trained = argparse.Namespace(**checkpoint["config"])
+    model = detect.load_detector(trained, checkpoint).to(device).eval()
+    encoder, short_side = model.backbone.encoder, trained.short_side[-1]
+    reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
+    ptr.token_counts((short_side // model.backbone.patch_size) ** 2, len(encoder.blocks), reduction)
     images = read_images(args.images, args.limit)
+    if not images and args.data != "shapes":
+        folder = coco.find_annotations(Path(args.data_root if args.data == "coco" else args.data), "val")[0]
+        images = read_images([str(folder)], args.limit)
     images = images or [draw_scene("val", i, (short_side, short_side))[0] for i in range(args.limit)]
     names, tiles = [name for _, name in checkpoint["categories"]], []
     training.seed_generators(device, args.seed)
     for image in images:
-        seen = image if encoder.arguments["channels"] == 3 else tvf.rgb_to_grayscale(image)
-        (found,) = model(detect.to_device([seen], device), ptr=ptr)
+        seen = in_channels(image, encoder.arguments["channels"])
+        (found,) = model(detect.to_device([seen], device), ptr=reduction)
         sure = found["scores"] >= args.score_threshold
         boxes, labels, scores, masks = (found[name][sure].cpu() for name in ("boxes", "labels", "scores", "masks"))
         scale = 384 / max(image.shape[-2:])  # to a size that goes with that of the text
@@ -193,8 +238,8 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
             colours = [COLOURS[i % len(COLOURS)] for i in labels]
             texts = [f"{names[i]} {score:.2f}" for i, score in zip(labels, scores.tolist(), strict=True)]
             image = draw_segmentation_masks(image, tvf.resize(masks, size)[:, 0] >= 0.5, 0.5, colours)
-            image = draw_bounding_boxes(image, scale * boxes, texts, colours, width=2, fill_labels=True,
-                                        label_colors="white", label_background_colors=colours)  # fmt: skip
+            style = dict(width=2, fill_labels=True, label_colors="white", label_background_colors=colours)
+            image = draw_bounding_boxes(image, scale * boxes, texts, colours, **style)
         tiles.append(F.pad(image, (0, 384 - size[1], 0, 384 - size[0]), value=255))
     return tvf.to_pil_image(make_grid(tiles, 4, GAP, pad_value=255))
 
@@ -232,25 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.log:
         save = draw_curves(args.log, args.metrics).savefig
     else:
-        device = training.start_world(args.device).device
-        checkpoint = runs.load(args.checkpoint)
-        config = checkpoint.get("config", {}) if "method" in checkpoint else {}  # of a public file nothing is known
-        drop_ratio = config.get("drop_ratio", 0.0)
-        if isinstance(drop_ratio, list):  # finetune.py and detect.py take several
-            drop_ratio = drop_ratio[0]
-        kept = {name: config[name] for name in KEPT if name in config}
-        if runs.given(parser, argv) & {"drop_stages", "drop_at"}:
-            kept["drop_blocks"] = None
-        if kept.get("data") not in data.SETS:  # a folder, or a detector's scenes
-            kept.pop("data", None)
-        parser.set_defaults(**kept, drop_ratio=drop_ratio)
-        trained = parser.parse_args([])
+        device, checkpoint = training.start_world(args.device).device, runs.load(args.checkpoint)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+        args.drop_ratio = single(args.drop_ratio)
+        draw = draw_detections if checkpoint.get("method") == "detect" else draw_checkpoint
         try:
-            if checkpoint.get("method") == "detect":
-                save = draw_detections(parser.parse_args(argv), checkpoint, device).save
-            else:
-                parser.set_defaults(drop_ratio=drop_ratio or 0.5)
-                save = draw_patches(parser.parse_args(argv), trained, checkpoint, device).save
+            save = draw(args, checkpoint, device).save
         except ValueError as error:
             raise SystemExit(f"error: {args.checkpoint}: {error}") from None
     try:

@@ -1,9 +1,13 @@
-"""Encoders and classifiers from files, ours or public (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm), and out for timm."""
+"""Encoders and classifiers from files, ours or public (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm), and out for timm.
+
+python weights.py runs/finetune/best.pt vit.pt              a classifier or encoder for timm; prints timm's call
+"""
 
 import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,47 +15,63 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-import runs
 from beit import BEiT, build_encoder, num_distances, resize_table
 from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT, grid_size
+from util import runs
 
 # What DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we put into a name.
-WRAPPERS = (
-    "module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "model", "vit", "ema", "backbone",
-    "encoder",
-)  # fmt: skip
+WRAPPERS = "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module model vit ema backbone encoder".split()
 # Where both are in one dict: MoCo v3's two encoders, and CAE's teacher beside an encoder, which is a wrapper above.
 PAIRS = {"student": ("base_encoder.",), "teacher": ("momentum_encoder.", "teacher.")}
 TABLE = "relative_position_bias_table"
 # Names that begin like this and that our ViT does not have would change what an encoder computes.
-ESSENTIAL = (
-    "blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "dist_token", "reg_token", "register_tokens",
-    "rel_pos", "rope",
-)  # fmt: skip
+ESSENTIAL = ("blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "rel_pos", "rope")
+ESSENTIAL += ("dist_token", "reg_token", "register_tokens")
 
-# --- what a file does not say -----------------------------------------------------------------------------------------
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+POOLS = ("mean", "class")  # of the patch tokens, or the class token
 
 
-def add_flags(add: Callable[..., Any]) -> None:
-    """Flags for what a public file does not say of its ViT; our own files say it."""
-    add("--heads", type=int, help="attention heads of a public file (default: those of the usual ViT of its width)")
+def add_init_flags(add: Callable[..., Any]) -> None:
+    """The encoder that a run starts from."""
+    formats = "a checkpoint of ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT"
+    add("--init", default="runs/pretrain/last.pt", metavar="FILE", help=f"encoder: {formats}, or none: from scratch")
+    add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
+    add_file_flags(add)
+
+
+def add_file_flags(add: Callable[..., Any]) -> None:
+    """Which encoder of a file, and what a public file does not say of it. Our own files say it."""
+    add("--weights", default="student", choices=("student", "teacher"), help="which encoder of the file")
+    add("--heads", type=int, help="attention heads of a public file (default: as the usual ViT of its width)")
     add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of a public file (default: a square)")
-    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-        add(f"--{name}", type=float, nargs=3, metavar=("R", "G", "B"), help=f"{name} of the pixels, between 0 and 1, "
-            f"that a public file was made for (default: ImageNet's, {' '.join(map(str, usual))})")
+    rgb, usual = ("R", "G", "B"), "of a public file's pixels, 0 to 1 (default: ImageNet's"
+    add("--mean", type=float, nargs=3, metavar=rgb, help=f"mean {usual}, {' '.join(map(str, IMAGENET_MEAN))})")
+    add(
+        "--std",
+        type=float,
+        nargs=3,
+        metavar=rgb,
+        help=f"standard deviation {usual}, {' '.join(map(str, IMAGENET_STD))})",
+    )
 
 
 def told(args: argparse.Namespace) -> dict[str, Any]:
-    """These flags, for `load_encoder` and `load_classifier`."""
+    """What these flags say of a public file, for `load_encoder` and `load_classifier`."""
     return {name: getattr(args, name) for name in ("heads", "grid", "mean", "std")}
 
 
-def check_flags(given: set[str], file: str) -> None:
-    """Refuse flags about a new encoder beside a `file` that holds one, and flags about a file where there is none."""
-    if file == "none":
+def check_flags(given: set[str], init: str) -> None:
+    """Reject flags about a new encoder beside a file that holds one, and flags about a file where there is none."""
+    if init == "none":
         runs.reject(given & {"weights", "heads", "grid", "mean", "std"}, "for a file, not for --init none")
     else:
-        runs.reject(given & {"model", "patch_size", "channels"}, f"for --init none; {file} holds an encoder of its own")
+        runs.reject(given & {"model", "patch_size", "channels"}, f"for --init none; {init} holds an encoder of its own")
+
+
+def say_nothing(line: str) -> None:
+    """A `log` for all processes but the first."""
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
@@ -181,9 +201,11 @@ def load_encoder(
     tensors, told = find_weights(checkpoint, weights), dict(mean=mean, std=std)
     if "encoder" in checkpoint and "config" in checkpoint:  # ours says what it is
         arguments = checkpoint["encoder"]
-        for name, value in dict(heads=heads, grid=grid, **told).items():
-            if value is not None:
-                raise ValueError(f"it is one of this project's files, which say what they are: leave out --{name}")
+        says = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | arguments
+        says["grid"] = grid_size(arguments["image_size"], arguments["patch_size"])
+        for name, value in dict(heads=heads, grid=grid, mean=mean, std=std).items():
+            if value is not None and torch.tensor(value).tolist() != torch.tensor(says[name]).tolist():
+                raise ValueError(f"it is one of this project's files and says itself: --{name} {says[name]}")
     else:
         arguments = infer_arguments(tensors, heads, grid) | {name: value for name, value in told.items() if value}
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
@@ -196,7 +218,7 @@ def load_encoder(
         assumed += [] if heads or "relative_positions" in arguments else [f"{arguments['heads']} heads (--heads)"]
         assumed += [] if mean and std else ["ImageNet's mean and standard deviation of pixels (--mean, --std)"]
         if assumed:
-            log(f"assumed {', '.join(assumed)}; the file says {arguments['depth']} blocks, but not these")
+            log(f"found {arguments['depth']} blocks of width {arguments['dim']}; assumed {', '.join(assumed)}")
     encoder = build_encoder(arguments | dict(image_size=image_size or arguments["image_size"]), drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
     if old_grid != encoder.grid:
@@ -307,11 +329,46 @@ def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
     usual = {size["dim"]: name for name, size in MODELS.items() if name != "vit_mini"}
     name = f"{usual.get(sizes['dim'], 'vit_base')}_patch16_224".replace("huge_patch16", "huge_patch14")
     options = dict(
-        img_size=encoder.image_size, patch_size=sizes["patch_size"], in_chans=sizes["channels"], embed_dim=sizes["dim"],
-        depth=sizes["depth"], num_heads=sizes["heads"], mlp_ratio=sizes["mlp_ratio"], num_classes=0,
-    )  # fmt: skip
+        img_size=encoder.image_size,
+        patch_size=sizes["patch_size"],
+        in_chans=sizes["channels"],
+        embed_dim=sizes["dim"],
+        depth=sizes["depth"],
+        num_heads=sizes["heads"],
+        mlp_ratio=sizes["mlp_ratio"],
+        num_classes=0,
+    )
     if isinstance(model, Classifier):
         options |= dict(num_classes=model.head.out_features, global_pool="avg" if model.pool == "mean" else "token")
         options |= dict(fc_norm=False) if model.frozen else {}
     options |= dict(checkpoint_path=path) if path else {}
     return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())})"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = runs.flag_parser(__doc__)
+    add = parser.add_argument
+    add("file", help="a checkpoint of ours or a public file")
+    add("out", help="where to write it: .pt, .pth, .bin or .safetensors")
+    add_file_flags(add)
+    add("--pool", choices=POOLS, help="what a public classifier's head sees, if its file does not say")
+    add(
+        "--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width, or one number (default: its own)"
+    )
+    args = parser.parse_args(argv)
+    checkpoint, size = runs.load(args.file), args.image_size and (args.image_size[0], args.image_size[-1])
+    try:
+        if args.weights == "student" and "head.weight" in find_weights(checkpoint):
+            model = load_classifier(checkpoint, pool=args.pool, image_size=size, **told(args))
+            known = dict(pool=model.pool, classes=checkpoint.get("classes"), encoder=model.encoder.arguments)
+        else:
+            model = load_encoder(checkpoint, weights=args.weights, image_size=size, **told(args))
+            known = dict(encoder=model.arguments)
+        runs.save_weights(Path(args.out), timm_weights(model), dict(method="export", config={}) | known)
+    except ValueError as error:
+        raise SystemExit(f"error: {args.file}: {error}") from None
+    print(f"written: {args.out}. It loads, strictly, into\n  {timm_call(model, args.out)}")
+
+
+if __name__ == "__main__":
+    main()

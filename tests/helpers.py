@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import runs
-import training
+import data
+from util import runs, training
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -31,6 +31,23 @@ def train(script, out, **settings):
     """Run a script in this process; returns its last checkpoint."""
     importlib.import_module(script).main(flags(out=out, **settings))
     return runs.load(out / ("dry-run" if settings.get("dry_run") else ".") / "last.pt")
+
+
+def evaluate(path, **settings):
+    """Run evaluate.py on a file in this process."""
+    importlib.import_module("evaluate").main([str(path), *flags(**dict(workers=0, device="cpu") | settings)])
+
+
+def export(path, out, **settings):
+    """Write a file for timm."""
+    importlib.import_module("weights").main([str(path), str(out), *flags(**settings)])
+
+
+def scored(images, size, channels=3):
+    """The views that a data set is scored on, one by one: (view, label, readable)."""
+    world = training.World(0, 1, torch.device("cpu"))
+    loader = data.scoring_loader(images, size, channels, batch_size=64, workers=0, world=world)
+    return [tuple(part[i] for part in batch) for batch in loader for i in range(len(batch[0]))]
 
 
 def batches_of(loader, epochs):
@@ -58,11 +75,16 @@ def wait_for_rows(process, out, count):
 
 def two_processes(script, *several):
     """Run a script in two processes of torchrun, once for each of the settings."""
-    torchrun = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node 2".split()]
     for settings in several:
-        command = [*torchrun, str(ROOT / f"{script}.py"), *flags(**settings)]
-        result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
+        torchrun(2, script, **settings)
+
+
+def torchrun(processes, script, **settings):
+    """Run a script in so many processes of torchrun."""
+    command = [sys.executable, *"-m torch.distributed.run --standalone --nproc-per-node".split(), str(processes)]
+    command += [str(ROOT / f"{script}.py"), *flags(**settings)]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
 
 
 def identical(a, b):

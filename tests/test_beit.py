@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 
 import detect
-import finetune
 import helpers
-import runs
 from beit import BEiT, num_distances, relative_index, resize_table
 from helpers import train
 from model import PCAE, Classifier
 from ptr import PTR
 from pyramid import ViTPyramid
+from util import runs
 from weights import load_classifier, load_encoder, timm_call, timm_weights
 
 PATCH, GRID, DIM, HEADS, DEPTH = 4, (4, 4), 48, 3, 3
@@ -157,9 +156,11 @@ def test_files_load_as_they_are(tmp_path, kind, wrap):
 def test_classifiers(kind, last):
     tensors, images = file_of(kind, last=last), images_of()
     x = reference(tensors, images)
-    x = x[:, 0] if last == ("norm",) else F.layer_norm(
-        x[:, 1:].mean(dim=1), (DIM,), tensors["fc_norm.weight"], tensors["fc_norm.bias"], 1e-6
-    )  # fmt: skip
+    x = (
+        x[:, 0]
+        if last == ("norm",)
+        else F.layer_norm(x[:, 1:].mean(dim=1), (DIM,), tensors["fc_norm.weight"], tensors["fc_norm.bias"], 1e-6)
+    )
     logits = F.linear(x, HEAD["head.weight"], HEAD["head.bias"])
     pool = "class" if last == ("norm",) else None  # with fc_norm the file says it
     close(load_classifier(dict(model=tensors | HEAD), pool=pool, heads=HEADS, log=quiet).eval()(images), logits)
@@ -274,7 +275,7 @@ def test_the_scripts_take_it(tmp_path, capsys):
     assert isinstance(load_classifier(checkpoint, log=quiet).encoder, BEiT)
     tables = [tensor for name, tensor in checkpoint["model"].items() if name.endswith(TABLE)]
     assert len(tables) == DEPTH and not any(table.equal(start[f"rel_pos_bias.{TABLE}"]) for table in tables)
-    finetune.main(helpers.flags(eval=tmp_path / "a/dry-run/last.pt", drop_ratio=[0, 0.3], limit=32, device="cpu"))
+    helpers.evaluate(tmp_path / "a/dry-run/last.pt", drop_ratio=[0, 0.3], limit=32)
     assert "0.3" in capsys.readouterr().out
     train("finetune", tmp_path / "a/dry-run", resume=tmp_path / "a/dry-run/last.pt")
     small = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data")

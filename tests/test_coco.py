@@ -11,9 +11,9 @@ from PIL import Image
 import coco
 from coco import CocoDetection, DetectionViews
 from data import evaluation_loader
-from image_files import read_image
-from shapes import SHAPES, draw_scene
-from training import World
+from util.image_files import read_image
+from util.shapes import SHAPES, draw_scene
+from util.training import World
 
 SIZE = 24, 32
 POLYGONS = [[2, 3, 12, 3, 12, 20, 2, 20], [1, 1, 2, 2]]  # the second has two points
@@ -154,7 +154,7 @@ def test_views_are_the_same_in_workers_and_blank_where_a_file_is_broken(tmp_path
     images = read_coco(write_coco(tmp_path))
     (tmp_path / "val2017" / "5.png").write_bytes(b"broken")
     views, world = DetectionViews(images, channels=1), World(rank=0, size=1, device=torch.device("cpu"))
-    loaders = [evaluation_loader(views, 4, workers, world) for workers in (0, 2)]
+    loaders = [evaluation_loader(views, 4, workers=workers, world=world) for workers in (0, 2)]
     batches = [coco.unpack(next(iter(loader))) for loader in loaders]
     torch.testing.assert_close(*batches, rtol=0, atol=0)
     pixels, targets, readable = batches[0]

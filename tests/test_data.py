@@ -11,11 +11,12 @@ from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 import data
-import image_files
 from data import CenterView, Normalize, Views
-from image_files import UnreadableImage
-from small_images import InMemory
-from training import World
+from helpers import scored
+from util import image_files
+from util.image_files import UnreadableImage
+from util.small_images import InMemory
+from util.training import World, check_readable
 
 ALONE, *TWO = (World(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
 
@@ -110,10 +111,6 @@ def write_images(folder, count):
     return folder
 
 
-def flags(**given):
-    return argparse.Namespace(**dict(data_root="data", download=False, limit=None, image_size=[8], channels=3) | given)
-
-
 def test_images_are_found_at_any_depth_but_not_hidden_ones(tmp_path):
     images = ["a.JPEG", "b.jpg", os.path.join("c", "d", "e.PnG"), os.path.join("c", "f.webp"), "größe 图.TIFF"]
     for name in (*images, "notes.txt", "jpg", "c/a.jpg.part", "._b.jpg", "c/.f.webp"):
@@ -125,22 +122,22 @@ def test_images_are_found_at_any_depth_but_not_hidden_ones(tmp_path):
 def test_classes_are_numbered_alike_in_training_and_validation(tmp_path):
     for count, name in enumerate(("train/cat", "train/cow", "train/dog", "val/cat", "val/dog", "val/.cache"), start=1):
         (write_images(tmp_path / name, count) / "._00.png").touch()
-    assert len(data.unlabelled_images(flags(data=str(tmp_path)))) == 6, "pre-training takes train/, too"
-    train = data.labelled_images(flags(data=str(tmp_path)))
-    val = data.validation_images(flags(data=str(tmp_path)), train.classes)
+    assert len(data.unlabelled_images(str(tmp_path), "", (8, 8))) == 6, "pre-training takes train/, too"
+    train = data.labelled_images(str(tmp_path), "", (8, 8))
+    val = data.validation_images(str(tmp_path), "", (8, 8), classes=train.classes)
     assert train.classes == val.classes == ["cat", "cow", "dog"]
     assert train.targets == [label for _, label in train] == [0, 1, 1, 2, 2, 2]
     assert val.targets == [label for _, label in val] == 4 * [0] + 5 * [2], "val lacks the cow"
     write_images(tmp_path / "val" / "owl", 1)
     with pytest.raises(SystemExit, match="owl"):
-        data.validation_images(flags(data=str(tmp_path)), train.classes)
+        data.validation_images(str(tmp_path), "", (8, 8), classes=train.classes)
 
 
 @pytest.mark.parametrize("name", [*list(data.SETS)[1:], "nowhere"])
 def test_data_that_are_not_there_are_refused(tmp_path, name):
     for read in (data.unlabelled_images, data.labelled_images, data.validation_images):
         with pytest.raises(SystemExit, match="--data"):
-            read(flags(data=name, data_root=str(tmp_path)))
+            read(name, str(tmp_path), (8, 8))
 
 
 class Labelled(TensorDataset):
@@ -176,7 +173,7 @@ def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
 @pytest.mark.parametrize("name", [*data.SETS, "some/folder"])
 def test_what_no_flag_gives_is_filled_in(name):
     expected = data.SETS.get(name, data.FOLDER)
-    args = flags(data=name, **dict.fromkeys(expected))
+    args = argparse.Namespace(data=name, **dict.fromkeys(expected))
     data.fill_in(args)
     assert {key: getattr(args, key) for key in expected} == expected and args.image_size[0] % args.patch_size == 0
     given = argparse.Namespace(data=name, image_size=[7], workers=3, min_crop=0.1)
@@ -205,8 +202,8 @@ def epoch_of(loader, epoch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_depend_on_seed_epoch_and_index_alone(kind):
     views = Views(numbered(29), KINDS[kind])
-    one, by_workers = (data.training_loader(views, 8, workers, ALONE) for workers in (0, 2))
-    two = [data.training_loader(views, 4, 0, world) for world in TWO]
+    one, by_workers = (data.training_loader(views, 8, seed=0, workers=workers, world=ALONE) for workers in (0, 2))
+    two = [data.training_loader(views, 4, seed=0, workers=0, world=world) for world in TWO]
     seen = set()
     for epoch in (0, 1):
         batches = epoch_of(one, epoch)
@@ -225,7 +222,7 @@ def test_views_depend_on_seed_epoch_and_index_alone(kind):
 
 def test_processes_evaluate_each_image_once():
     for world in (ALONE, *TWO):
-        loader = data.evaluation_loader(Views(numbered(11), CenterView((8, 8))), 4, 0, world)
+        loader = data.evaluation_loader(Views(numbered(11), CenterView((8, 8))), 4, workers=0, world=world)
         assert torch.cat([numbers for _, numbers, _ in loader]).tolist() == list(range(11))[world.rank :: world.size]
 
 
@@ -234,19 +231,19 @@ def test_unreadable_images_are_replaced_in_training_and_blank_in_evaluation(tmp_
     (tmp_path / "images" / "02.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match="02.png"):
         stand_in, _, is_itself = Views(images, CenterView((8, 8)))[0, 2]
-        ((views, _, readable),) = data.evaluation_loader(data.evaluation_views(images, flags(channels=1)), 8, 0, ALONE)
+        views, _, readable = zip(*scored(images, (8, 8), channels=1), strict=True)
     assert not is_itself and len(stand_in.unique()) > 20, "another image"
-    assert readable.tolist() == [len(view.unique()) > 1 for view in views] == [i != 2 for i in range(8)]
-    data.check_readable(25, seen=100)
+    assert list(readable) == [len(view.unique()) > 1 for view in views] == [i != 2 for i in range(8)]
+    check_readable(25, seen=100)
     with pytest.raises(SystemExit, match="--data"):
-        data.check_readable(26, seen=100)
+        check_readable(26, seen=100)
 
 
 def test_center_view():
     wide, tall, fits = (torch.from_numpy(noise(3, *size)) for size in ((32, 64), (70, 32), (24, 40)))
     assert torch.equal(CenterView((32, 32))(wide), wide[:, :, 16:48])
     assert torch.equal(CenterView((32, 32))(tall), tall[:, 19:51])
-    (square, _), (view, *_) = numbered(1)[0], data.evaluation_views(numbered(1), flags(image_size=[42]))[0, 0]
+    (square, _), ((view, *_),) = numbered(1)[0], scored(numbered(1), (42, 42))
     assert torch.equal(view, square[:, 3:45, 3:45]), "42 of 48, as 224 of 256"
     assert [data.evaluation_margin((side, 64)) for side in (64, 224, 256)] == [8 / 7, 8 / 7, 1], "as MAE's"
     assert torch.equal(data.pretraining_view((24, 40), min_crop=1)(fits), fits)

@@ -10,21 +10,32 @@ from torchvision.models.detection import MaskRCNN
 from torchvision.ops import roi_align
 
 import detect
-import runs
 from coco import CocoDetection, find_annotations
 from detect import LOSSES, Detector
 from helpers import assert_same_run, flags, log, start, train, wait_for_rows
 from model import ViT, sincos_position_embedding
 from ptr import PTR, drop_tokens
 from pyramid import STRIDES, PyramidRoIAlign, ViTPyramid, has_learned_positions
-from training import World
+from util import runs
+from util.training import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
 # Four steps on images of 32 pixels, with all that is random.
 TINY = dict(
-    init="none", limit=8, epochs=2, batch_size=4, short_side=32, drop_path=0.3, crop_share=0.5, drop_ratio=0.3,
-    criterion="random", channels=16, rois=8, proposals=16, device="cpu",
-)  # fmt: skip
+    init="none",
+    limit=8,
+    epochs=2,
+    batch_size=4,
+    short_side=32,
+    drop_path=0.3,
+    crop_ratio=0.5,
+    drop_ratio=0.3,
+    criterion="random",
+    channels=16,
+    rois=8,
+    proposals=16,
+    device="cpu",
+)
 
 
 def small_vit(grid=(4, 4), patch_size=8, **changes):
@@ -206,14 +217,14 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder):
 
 
 def test_training_moves_all_weights_and_draws_crops_drops_and_new_views(folder):
-    still = dict(blr=0.0, drop_path=0.0, drop_ratio=0.0, crop_share=0.0, rois=512, limit=4)
+    still = dict(blr=0.0, drop_path=0.0, drop_ratio=0.0, crop_ratio=0.0, rois=512, limit=4)
     initial = run(folder, "still", **still)
     trained = runs.load(folder / "whole" / "last.pt")["model"]
     same = [name for name, weight in initial["model"].items() if torch.equal(weight, trained[name])]
     assert same == ["backbone.encoder.pos_embed"]
     first, second = (row["loss_mask"] for row in initial["history"])  # which the regions' draws have no part in
     assert first != pytest.approx(second, rel=1e-5), "each epoch flips other images"
-    for change in (dict(drop_ratio=0.5), dict(crop_share=1.0), dict(drop_path=0.5)):
+    for change in (dict(drop_ratio=0.5), dict(crop_ratio=1.0), dict(drop_path=0.5)):
         row = run(folder, "changed", **still | dict(epochs=1) | change)["history"][0]
         assert row["loss_mask"] != pytest.approx(first, rel=1e-5)
 

@@ -13,13 +13,12 @@ from torch.utils.data import Dataset
 
 import coco
 import data
-import finetune
 import helpers
-import runs
 from coco import CocoDetection
-from helpers import ENVIRONMENT, ROOT, flags, log, train
-from image_files import class_folders, find_images
-from small_images import InMemory
+from helpers import ENVIRONMENT, ROOT, evaluate, flags, log, train
+from util import runs, training
+from util.image_files import class_folders, find_images
+from util.small_images import InMemory
 
 TINY = dict(batch_size=8, epochs=1, image_size=16, patch_size=4, workers=0, device="cpu")
 RAMP = (255 * torch.linspace(0, 1, 48)).byte().expand(3, 32, 48)  # from black on the left to white on the right
@@ -60,17 +59,17 @@ def test_what_was_scored_is_what_counts(tmp_path, capsys):
     broken = sorted((folder / "val").rglob("*.*"))
     for path in broken[:2]:
         path.write_bytes(b"404 not found")
-    knn = dict(knn=5, image_size=16, patch_size=4, init="none", workers=0, device="cpu")
     train("finetune", tmp_path / "run", data=folder, **settings)
-    finetune.main(flags(eval=tmp_path / "run/last.pt", workers=0, device="cpu"))
-    finetune.main(flags(data=folder, **knn))
+    evaluate(tmp_path / "run/last.pt")
+    evaluate(tmp_path / "run/last.pt", knn=5)
     assert log(tmp_path / "run")[-1]["scored"] == 38 and capsys.readouterr().out.count(" 38 ") == 3
     for path in broken[2:-2]:
         path.write_bytes(b"404 not found")
-    scored = dict(eval=tmp_path / "run/last.pt", workers=0, device="cpu")
-    for words in (settings | dict(data=folder, out=tmp_path / "other"), scored, knn | dict(data=folder)):
+    with pytest.raises(SystemExit, match="--data"):
+        train("finetune", tmp_path / "other", data=folder, **settings)
+    for changes in (dict(), dict(knn=5)):
         with pytest.raises(SystemExit, match="--data"):
-            finetune.main(flags(**words))
+            evaluate(tmp_path / "run/last.pt", **changes)
 
 
 @pytest.mark.filterwarnings("ignore:left out an unreadable image")
@@ -121,9 +120,8 @@ def test_one_class_is_refused(tmp_path):
     write_classes(tmp_path / "one", "ant")
     write_classes(tmp_path / "deep", "images/ant", "images/bee")
     for name in ("one", "deep"):
-        for changes in (dict(out=tmp_path / "run"), dict(knn=3)):
-            with pytest.raises(SystemExit, match="--data"):
-                finetune.main(flags(data=tmp_path / name, init="none", **TINY | changes))
+        with pytest.raises(SystemExit, match="--data"):
+            train("finetune", tmp_path / "run", data=tmp_path / name, init="none", **TINY)
     assert not (tmp_path / "run").exists()
 
 
@@ -149,12 +147,16 @@ class OneByOne(Dataset):
 
 
 @pytest.mark.parametrize("flip", [True, False])
-@pytest.mark.parametrize("script, images", [
-    *((script, kind) for script in ("pretrain", "finetune") for kind in ("in memory", "one by one")), ("detect", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, images",
+    [
+        *((script, kind) for script in ("pretrain", "finetune") for kind in ("in memory", "one by one")),
+        ("detect", None),
+    ],
+)
 def test_no_image_is_mirrored_where_a_flag_forbids_it(tmp_path, monkeypatch, script, images, flip):
     """In batches of crops at once, one by one, and with objects."""
-    mirrored, original = [], data.batches
+    mirrored, original = [], training.batches
 
     def batches(loader):
         for batch in original(loader):
@@ -162,11 +164,11 @@ def test_no_image_is_mirrored_where_a_flag_forbids_it(tmp_path, monkeypatch, scr
             mirrored.extend(bool(view[0, :, 0].float().mean() > view[0, :, -1].float().mean()) for view in views)
             yield batch
 
-    monkeypatch.setattr(data, "batches", batches)
+    monkeypatch.setattr(training, "batches", batches)
     settings = TINY | dict(epochs=2, min_crop=0.5)
     if script == "detect":
         settings = dict(data=write_ramps(tmp_path / "coco"), limit=16, batch_size=8, epochs=2, short_side=32)
-        settings |= dict(channels=16, crop_share=0.5, workers=0, device="cpu")
+        settings |= dict(channels=16, crop_ratio=0.5, workers=0, device="cpu")
     else:
         in_memory = InMemory(RAMP.expand(40, -1, -1, -1), OneByOne.targets, OneByOne.classes)
         ramps = in_memory if images == "in memory" else OneByOne()

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 import data
 import finetune
 import helpers
-import runs
-import scores
-import training
 from helpers import flags, identical, log, train
-from image_files import class_folders
 from model import NO_PTR, Classifier, pool
 from ptr import PTR
-from shapes import SHAPES
+from util import metrics, runs, training
+from util.image_files import class_folders
+from util.shapes import SHAPES
 from weights import load_classifier, load_encoder
 
 CPU = torch.device("cpu")
@@ -58,8 +56,7 @@ def finished(tmp_path_factory, folder):
 
 def images_of(folder):
     """All images of a folder as they are scored, (n, 3, 16, 16), and their labels (n,)."""
-    views = data.evaluation_views(class_folders(folder, NAMES), argparse.Namespace(image_size=[16], channels=3))
-    images, labels, _ = zip(*(views[0, i] for i in range(len(views))), strict=True)
+    images, labels, _ = zip(*helpers.scored(class_folders(folder, NAMES), (16, 16)), strict=True)
     return data.Normalize()(torch.stack(images)), torch.tensor(labels)
 
 
@@ -85,15 +82,29 @@ def test_what_a_run_leaves(finished, folder):
 def test_four_steps_by_hand(tmp_path, folder):
     """The whole training loop, of two epochs, in plain torch: images, mixing, smoothed loss, clipping, AdamW, rates."""
     checkpoint = train(
-        "finetune", tmp_path, **SCRATCH | dict(data=folder, batch_size=24), warmup_epochs=0.5, blr=2.56 / 24, seed=3,
-        weight_decay=0.1, clip_grad=0.3, layer_decay=0.5, smoothing=0.2, mixup=0.8, drop_path=0.3, min_crop=0.5,
-        drop_ratio=0.3, drop_blocks=1,
-    )  # fmt: skip
+        "finetune",
+        tmp_path,
+        **SCRATCH | dict(data=folder, batch_size=24),
+        warmup_epochs=0.5,
+        blr=2.56 / 24,
+        seed=3,
+        weight_decay=0.1,
+        clip_grad=0.3,
+        layer_decay=0.5,
+        smoothing=0.2,
+        mixup=0.8,
+        drop_path=0.3,
+        min_crop=0.5,
+        drop_ratio=0.3,
+        drop_blocks=1,
+    )
     args = argparse.Namespace(**checkpoint["config"])
     training.seed_generators(CPU, 3, "weights")
     model = Classifier(finetune.build_encoder(args, None), 3).train()
-    views = data.Views(data.labelled_images(args), data.pretraining_view((16, 16), 0.5), seed=3)
-    loader, mix = data.training_loader(views, 24, 0, training.World(0, 1, CPU)), finetune.mixing(0.8, 0.0, 3)
+    views = data.Views(data.labelled_images(args.data, "", (16, 16)), data.pretraining_view((16, 16), 0.5), seed=3)
+    world = training.World(0, 1, CPU)
+    loader = data.training_loader(views, 24, seed=3, workers=0, world=world)
+    mix = finetune.mixing(0.8, 0.0, 3)
     optimizer = torch.optim.AdamW(training.parameter_groups(model, 0.1, layer_decay=0.5))
     for step, (images, labels, _) in enumerate(helpers.batches_of(loader, epochs=2)):
         training.seed_generators(CPU, 3, "step", step, 0)
@@ -120,10 +131,15 @@ def test_starts_from_init(tmp_path, folder, pretrained, weights):
         assert torch.equal(checkpoint["model"][f"encoder.{name}"], source[weights][name])
 
 
-@pytest.mark.parametrize("moving, changes", [
-    ("all", dict(pool="class")), ("all", dict(drop_ratio=0.5, precision="bf16")),
-    ("norm", dict(layer_decay=0, pool="class")), ("none", dict(linear_probe=True, drop_path=0.5, weight_decay=0.3)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "moving, changes",
+    [
+        ("all", dict(pool="class")),
+        ("all", dict(drop_ratio=0.5, precision="bf16")),
+        ("norm", dict(layer_decay=0, pool="class")),
+        ("none", dict(linear_probe=True, drop_path=0.5, weight_decay=0.3)),
+    ],
+)
 def test_what_is_trained(tmp_path, folder, pretrained, moving, changes):
     """All of it; with a layer decay of zero only what is behind the blocks; of a probe the head alone."""
     end = train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, epochs=10) | changes)["model"]
@@ -148,9 +164,19 @@ def test_mixing():
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path, folder):
     """With all that draws random numbers, to the same command; once more, when it is finished, nothing changes."""
     settings = SCRATCH | dict(
-        data=folder, epochs=5, drop_path=0.3, min_crop=0.5, rand_augment=9, erasing=0.5, mixup=0.8, cutmix=1.0,
-        drop_ratio=0.3, drop_blocks=0, criterion="random", micro_batch=8,
-    )  # fmt: skip
+        data=folder,
+        epochs=5,
+        drop_path=0.3,
+        min_crop=0.5,
+        rand_augment=9,
+        erasing=0.5,
+        mixup=0.8,
+        cutmix=1.0,
+        drop_ratio=0.3,
+        drop_blocks=0,
+        criterion="random",
+        micro_batch=8,
+    )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = train("finetune", whole, **settings)
     with helpers.start("finetune", killed, **settings) as process:
@@ -207,23 +233,24 @@ def test_few_labels(tmp_path, folder):
 
 @pytest.mark.parametrize("by", ["mean", "class"])
 def test_knn(folder, pretrained, capsys, by):
-    finetune.main(flags(init=pretrained, knn=7, data=folder, workers=0, device="cpu", pool=by, drop_path=0.9))
+    helpers.evaluate(pretrained, knn=7, data=folder, pool=by)
     encoder, sets = load_encoder(runs.load(pretrained)).eval(), []
     for split in ("train", "val"):
         images, labels = images_of(folder / split)
         with torch.no_grad():
             sets += [pool(encoder(images).tokens, by), labels]
-    assert f" {scores.knn_accuracy(*sets, k=7):.1%} " in capsys.readouterr().out
+    assert f" {metrics.knn_accuracy(*sets, k=7):.1%} " in capsys.readouterr().out
 
 
 def test_eval(finished, folder, capsys):
     """The data, and how to drop tokens, are those of training where no flag says otherwise."""
-    words = flags(eval=finished / "last.pt", workers=0, device="cpu")
-    assert runs.parse(finetune.arguments(), finetune.RECIPES, words, 0.1, finetune.KEPT)[0].drop_ratio == [0.4]
-    finetune.main([*words, "--drop-ratio", "0", "0.4"])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines() if re.match(r" +0(\.\d+)? ", line)]
+    helpers.evaluate(finished / "last.pt", drop_ratio=[0, 0.4])
+    text = capsys.readouterr().out
+    helpers.evaluate(finished / "last.pt")
+    assert capsys.readouterr().out.count(f"  {log(finished)[-1]['top1']:.1%}  ") == 1
+    rows = [line.split() for line in text.splitlines() if re.match(r" +0(\.\d+)? ", line)]
     images, labels = images_of(folder / "val")
-    plain = scores.topk_accuracy(logits_of(finished / "last.pt", images), labels, 1)
+    plain = metrics.topk_accuracy(logits_of(finished / "last.pt", images), labels, 1)
     expected = ["0", "16", f"{plain:.1%}"], ["0.4", "9", f"{log(finished)[-1]['top1']:.1%}"]
     assert [[row[0], row[1], row[3]] for row in rows] == list(expected)
     assert float(rows[0][2]) > float(rows[1][2])  # multiply-accumulates
@@ -235,7 +262,7 @@ def test_an_exported_classifier_gives_the_same_logits(tmp_path, folder, finished
     if probe:
         path = tmp_path / "best.pt"
         train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, linear_probe=True))
-    finetune.main(flags(init=path, export=tmp_path / "new/timm.pt"))
+    helpers.export(path, tmp_path / "new/timm.pt")
     exported = logits_of(tmp_path / "new/timm.pt", images)
     torch.testing.assert_close(exported, logits_of(path, images))
 
@@ -249,14 +276,18 @@ def test_mistakes(tmp_path, folder, pretrained, finished):
     torch.save({"fc.weight": torch.zeros(3, 4)}, tmp_path / "other.pt")
     new = SCRATCH | dict(data=folder)
     mistakes = [
-        ("--drop-ratio", new | dict(drop_ratio=[0, 0.5])), ("blocks", new | dict(drop_ratio=0.5, drop_blocks=4)),
-        ("--micro-batch", new | dict(micro_batch=5)), ("image.size", new | dict(image_size=18)),
-        ("nowhere", new | dict(data="nowhere")), ("nothing.pt", dict(init="nothing.pt")),
-        *[("other.pt", {flag: tmp_path / "other.pt"}) for flag in ("init", "eval", "resume")],
-        *[("last.pt", {flag: pretrained}) for flag in ("eval", "resume")],
-        *[(name, dict(eval=tmp_path / name, device="cpu")) for name in ("order.pt", "number.pt")],
-    ]  # fmt: skip
+        ("blocks", new | dict(drop_ratio=0.5, drop_blocks=4)),
+        ("--micro-batch", new | dict(micro_batch=5)),
+        ("image.size", new | dict(image_size=18)),
+        ("nowhere", new | dict(data="nowhere")),
+        ("nothing.pt", dict(init="nothing.pt")),
+        *[("other.pt", {flag: tmp_path / "other.pt"}) for flag in ("init", "resume")],
+        ("last.pt", dict(resume=pretrained)),
+    ]
     for named, settings in mistakes:
         with pytest.raises(SystemExit, match=named):
             finetune.main(flags(out=tmp_path / "run", **settings))
+    for path in (tmp_path / "other.pt", pretrained, tmp_path / "order.pt", tmp_path / "number.pt"):
+        with pytest.raises(SystemExit, match=path.name):
+            helpers.evaluate(path)
     assert not (tmp_path / "run").exists()

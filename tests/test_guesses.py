@@ -1,6 +1,5 @@
 """No number is wrong without a word: what a public file does not say, what an export says, and a probe's statistics."""
 
-import argparse
 import json
 
 import pytest
@@ -10,14 +9,13 @@ from torchvision.transforms.v2 import functional as tvf
 
 import data
 import detect
-import finetune
 import helpers
-import runs
 import visualize
 from helpers import flags, train
-from image_files import class_folders
 from model import MODELS, NO_PTR, Classifier, ViT
 from ptr import PTR, drop_blocks
+from util import runs
+from util.image_files import class_folders
 from weights import find_weights, load_classifier, load_encoder, resize_positions, timm_weights
 
 quiet = [].append
@@ -28,9 +26,9 @@ TINY = dict(data="shapes", limit=64, batch_size=16, epochs=1, image_size=16, wor
 
 
 def score(capsys, path, **settings):
-    """What `--eval` prints, and the top-1 accuracy in it."""
+    """What evaluate.py prints, and the top-1 accuracy in it."""
     capsys.readouterr()
-    finetune.main(flags(eval=path, workers=0, device="cpu", **settings))
+    helpers.evaluate(path, **settings)
     out = capsys.readouterr().out
     return out, out.split("speed-up\n")[-1].split()[3]
 
@@ -122,11 +120,15 @@ def grey(tmp_path_factory):
     return save_public(tmp_path_factory.mktemp("grey") / "vit.pth", vit)
 
 
-@pytest.mark.parametrize("script, file, changes", [
-    *(("finetune", "init", change) for change in (dict(model="vit_mini"), dict(patch_size=8), dict(channels=1))),
-    ("finetune", "eval", dict(patch_size=8)), ("detect", "init", dict(model="vit_mini")),
-    ("detect", "init", dict(patch_size=8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "script, file, changes",
+    [
+        *(("finetune", "init", change) for change in (dict(model="vit_mini"), dict(patch_size=8), dict(channels=1))),
+        ("detect", "eval", dict(patch_size=8)),
+        ("detect", "init", dict(model="vit_mini")),
+        ("detect", "init", dict(patch_size=8)),
+    ],
+)
 def test_flags_about_the_encoder_beside_a_file_are_refused(tmp_path, grey, script, file, changes):
     """Also where they repeat a default, or what is so."""
     (name,) = changes
@@ -154,16 +156,19 @@ def test_what_is_recorded_is_what_was_trained(tmp_path, grey):
         train(script, out, resume=True, init=grey, **settings, **told)  # the same command goes on
 
 
-def test_flags_about_where_tokens_are_dropped_overrule_named_blocks(tmp_path, grey):
+def test_flags_about_where_tokens_are_dropped_overrule_named_blocks(tmp_path, grey, capsys):
     checkpoint = train("finetune", tmp_path / "a", init=grey, drop_ratio=0.2, drop_blocks=[4], **TINY)
-    detector = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data", device="cpu")
-    train("detect", tmp_path / "b", init=grey, drop_ratio=0.2, drop_blocks=[4], epochs=1, **detector)
+    detector = dict(limit=4, short_side=32, long_side=32, data_root=tmp_path / "data", device="cpu")
+    train("detect", tmp_path / "b", init=grey, drop_ratio=0.2, drop_blocks=[4], epochs=1, batch_size=2, **detector)
     assert checkpoint["config"]["drop_blocks"] == [4]
-    for script, out in ((finetune, "a"), (detect, "b")):
+    for out in "ab":
         for changes, blocks in ((dict(), (4,)), (dict(drop_stages=2), drop_blocks(12, 2, "start"))):
-            words = flags(eval=tmp_path / out / "last.pt", **changes)
-            args, _ = runs.parse(script.arguments(), script.RECIPES, words, 0.1, script.KEPT)
-            assert runs.token_reduction(args, 12, 0.2).blocks == blocks
+            capsys.readouterr()
+            if out == "a":
+                helpers.evaluate(tmp_path / "a/last.pt", limit=4, **changes)
+            else:
+                detect.main(flags(eval=tmp_path / "b/last.pt", **detector | changes))
+            assert f"after blocks {list(blocks)}" in capsys.readouterr().out
     pictures = []
     for changes in (dict(), dict(drop_stages=2), dict(drop_blocks=[*drop_blocks(12, 2, "start")])):
         path = tmp_path / "picture.png"
@@ -196,8 +201,8 @@ def pretrained(tmp_path_factory):
 def assert_statistics(checkpoint, folder, ptr=NO_PTR):
     """Mean and variance are those of the features of all readable training images."""
     model = load_classifier(checkpoint, log=quiet).eval()
-    views = data.evaluation_views(class_folders(folder / "train"), argparse.Namespace(image_size=[16], channels=3))
-    images = torch.stack([view for view, _, readable in (views[0, i] for i in range(48)) if readable])
+    views = helpers.scored(class_folders(folder / "train"), (16, 16))
+    images = torch.stack([view for view, _, readable in views if readable])
     features = model.features(data.Normalize()(images), ptr).double()
     assert len(images) == 47
     expected = features.var(dim=0, correction=0), features.mean(dim=0)
@@ -206,10 +211,18 @@ def assert_statistics(checkpoint, folder, ptr=NO_PTR):
 
 
 @pytest.mark.filterwarnings("ignore:left out an unreadable image")
-@pytest.mark.parametrize("changes", [
-    dict(), dict(micro_batch=1), dict(micro_batch=1, batch_size=1, epochs=2), dict(batch_size=48, epochs=3),
-    dict(pool="class"), dict(drop_ratio=0.5, drop_blocks=0, min_crop=0.5),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(),
+        dict(micro_batch=1),
+        dict(micro_batch=1, batch_size=1, epochs=2),
+        dict(batch_size=48, epochs=3),
+        dict(pool="class"),
+        dict(drop_ratio=0.5, drop_blocks=0, min_crop=0.5),
+    ],
+    ids=str,
+)
 def test_a_probe_standardises_by_its_training_features(tmp_path, folder, pretrained, changes):
     settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True, drop_path=0.5)
     checkpoint = train("finetune", tmp_path, **settings | changes)
@@ -238,7 +251,7 @@ def test_an_exported_probe_scores_as_the_probe(tmp_path, capsys, pretrained, suf
     probe = dict(linear_probe=True, blr=0.5, pool=by) | TINY | dict(limit=256, epochs=3)
     train("finetune", tmp_path / "run", init=pretrained, mean=[*HALF], **probe)
     original, exported = tmp_path / "run/last.pt", tmp_path / f"vit.{suffix}"
-    finetune.main(flags(init=original, export=exported))
+    helpers.export(original, exported)
     top1 = score(capsys, original, limit=500)[1]
     out, again = score(capsys, exported, limit=500)
     assert again == top1 and not any(f"--{name}" in out for name in (*TOLD, "pool"))
@@ -249,14 +262,14 @@ def test_an_exported_probe_scores_as_the_probe(tmp_path, capsys, pretrained, suf
     with pytest.raises(ValueError, match="--pool"):
         load_classifier(find_weights(runs.load(exported)), log=quiet)
     with pytest.raises(SystemExit, match="--mean"):
-        score(capsys, exported, mean=[*HALF])
+        score(capsys, exported, mean=[0.4, 0.5, 0.5])
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 def test_the_printed_call_of_timm_loads_the_export(tmp_path, capsys, pretrained, suffix):
     timm, exported = pytest.importorskip("timm"), tmp_path / f"vit.{suffix}"
     train("finetune", tmp_path / "run", init=pretrained, linear_probe=True, **TINY)
-    finetune.main(flags(init=tmp_path / "run/last.pt", export=exported))
+    helpers.export(tmp_path / "run/last.pt", exported)
     call = capsys.readouterr().out.strip().split("\n")[-1]
     theirs, ours = eval(call, {"timm": timm}).eval(), load_classifier(runs.load(exported), log=quiet).eval()
     images = torch.randn(4, 3, 16, 16)

@@ -227,14 +227,25 @@ def test_what_trains(by, frozen):
     assert torch.equal(model.encoder(images).tokens, model.train().encoder(images).tokens) == frozen, "no drop path"
 
 
-@pytest.mark.parametrize("impossible", [
-    lambda: small_vit(image_size=(25, 40)), lambda: small_vit(image_size=(24, 41)), lambda: small_vit(patch_size=0),
-    lambda: small_vit(image_size=(0, 40)), lambda: small_vit(heads=5), lambda: small_vit(dim=30, heads=3),
-    lambda: small_vit()(torch.zeros(1, 3, 40, 24)), lambda: PCAE(small_vit(), decoder_dim=24, decoder_heads=5),
-    lambda: PCAE(small_vit(), ptr=PTR((4,), 0.5)), lambda: PCAE(small_vit(), ptr=PTR((0, 1, 2), 0.8)),
-    lambda: PCAE(small_vit(), mask_ratio=-0.1), lambda: PCAE(small_vit(), mask_ratio=0.0),
-    lambda: PCAE(small_vit(), mask_ratio=0.999), lambda: PCAE(small_vit(), mask_ratio=math.nan),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        lambda: small_vit(image_size=(25, 40)),
+        lambda: small_vit(image_size=(24, 41)),
+        lambda: small_vit(patch_size=0),
+        lambda: small_vit(image_size=(0, 40)),
+        lambda: small_vit(heads=5),
+        lambda: small_vit(dim=30, heads=3),
+        lambda: small_vit()(torch.zeros(1, 3, 40, 24)),
+        lambda: PCAE(small_vit(), decoder_dim=24, decoder_heads=5),
+        lambda: PCAE(small_vit(), ptr=PTR((4,), 0.5)),
+        lambda: PCAE(small_vit(), ptr=PTR((0, 1, 2), 0.8)),
+        lambda: PCAE(small_vit(), mask_ratio=-0.1),
+        lambda: PCAE(small_vit(), mask_ratio=0.0),
+        lambda: PCAE(small_vit(), mask_ratio=0.999),
+        lambda: PCAE(small_vit(), mask_ratio=math.nan),
+    ],
+)
 def test_impossible_values(impossible):
     with pytest.raises(ValueError):
         impossible()

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from model import PCAE, ViT, sincos_position_embedding, split_patches
 from ptr import PTR, drop_blocks, gather_tokens, num_kept, redundancy, select_tokens
-from training import ema_momentum, warmup_cosine
+from util.training import ema_momentum, warmup_cosine
 
 if not os.environ.get("PCAE_PARITY"):
     pytest.skip("PCAE_PARITY does not name a recording", allow_module_level=True)
@@ -41,10 +41,13 @@ def load(case):
     side, depth, cfg = arch["img_size"], arch["depth"], case["cfg"]
     student = ViT((side, side), arch["patch_size"], dim=arch["embed_dim"], depth=depth, heads=arch["num_heads"])
     model = PCAE(
-        student, mask_ratio=cfg["mask_ratio"], ptr=PTR(drop_blocks(depth, cfg["drop_stage"]), 1 - cfg["keep_ratio"]),
-        decoder_dim=arch["decoder_embed_dim"], decoder_depth=arch["decoder_depth"],
+        student,
+        mask_ratio=cfg["mask_ratio"],
+        ptr=PTR(drop_blocks(depth, cfg["drop_stage"]), 1 - cfg["keep_ratio"]),
+        decoder_dim=arch["decoder_embed_dim"],
+        decoder_depth=arch["decoder_depth"],
         decoder_heads=arch["decoder_num_heads"],
-    )  # fmt: skip
+    )
     model.load_state_dict(our_state(RECORD["student_state"], RECORD["teacher_state"]))
     return case, model
 

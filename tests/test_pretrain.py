@@ -11,17 +11,25 @@ import torch
 import data
 import helpers
 import pretrain
-import runs
-import training
 from helpers import flags, identical, log, train
 from model import ViT
+from util import runs, training
 
 CPU = torch.device("cpu")
 # 4 steps an epoch, 8 in all, in a fifth of a second.
 TINY = dict(
-    limit=64, batch_size=16, epochs=2, image_size=16, patch_size=4, decoder_dim=16, drop_stages=2, ema=0.9, knn_every=0,
-    workers=0, device="cpu",
-)  # fmt: skip
+    limit=64,
+    batch_size=16,
+    epochs=2,
+    image_size=16,
+    patch_size=4,
+    decoder_dim=16,
+    drop_stages=2,
+    ema=0.9,
+    knn_every=0,
+    workers=0,
+    device="cpu",
+)
 # Everything that draws random numbers while training.
 RANDOM = TINY | dict(drop_path=0.3, criterion="random", min_crop=0.5)
 # The other methods refuse PCAE's flags.
@@ -52,14 +60,22 @@ def test_four_steps_by_hand(tmp_path, method, changes):
     """The whole training loop, of two epochs, in plain tensors: images, split, forward, clipping, AdamW, EMA."""
     lr, decay, clip, ema = 0.01, 0.1, 0.3, 0.9
     checkpoint = pretrained(
-        tmp_path, limit=32, warmup_epochs=1, blr=lr * 256 / 16, weight_decay=decay, clip_grad=clip,
-        drop_path=0.3, min_crop=0.5, seed=3, **changes,
-    )  # fmt: skip
+        tmp_path,
+        limit=32,
+        warmup_epochs=1,
+        blr=lr * 256 / 16,
+        weight_decay=decay,
+        clip_grad=clip,
+        drop_path=0.3,
+        min_crop=0.5,
+        seed=3,
+        **changes,
+    )
     args = argparse.Namespace(**checkpoint["config"])
     training.seed_generators(CPU, 3, "weights")
     model = pretrain.build_model(args).train()
-    views = data.BatchViews(data.unlabelled_images(args), (16, 16), 0.5, seed=3)
-    loader = data.training_loader(views, 16, 0, training.World(0, 1, CPU))
+    views = data.BatchViews(data.unlabelled_images("shapes", "", (16, 16), 32), (16, 16), 0.5, seed=3)
+    loader = data.training_loader(views, 16, seed=3, workers=0, world=training.World(0, 1, CPU))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     first, second = ({name: torch.zeros_like(parameter) for name, parameter in trained.items()} for _ in range(2))
     for step, (images, _, _) in enumerate(helpers.batches_of(loader, epochs=2)):
@@ -202,13 +218,37 @@ def test_unreadable_images_are_counted(tmp_path):
         pretrain.main(flags(resume=True, out=tmp_path / "run"))
 
 
+@pytest.mark.parametrize(
+    "useless, changes",
+    [
+        (False, dict(epochs=6, ema=0.9999)),
+        (True, dict(epochs=2, ema=0.9999, criterion="reverse")),
+        (True, dict(epochs=2, ema=0, blr=3e-2)),
+    ],
+    ids=["healthy", "reverse", "collapsed"],
+)
+def test_useless_targets_are_warned_of(tmp_path, capsys, useless, changes):
+    """By the k-NN accuracy: it rises above that of the untrained encoder, or there is a warning."""
+    settings = dict(limit=4000, batch_size=32, patch_size=8, knn_every=9, device="cpu")
+    history = train("pretrain", tmp_path, **settings | changes)["history"]
+    assert (history[-1]["knn"] <= history[0]["knn"]) == useless == ("warning" in capsys.readouterr().out)
+
+
 MISTAKES = [
-    ("mask.ratio", dict(mask_ratio=1)), ("drop.ratio", dict(drop_ratio=1)), ("drop.ratio", dict(drop_ratio=0.9)),
-    ("stages", dict(drop_stages=5)), ("blocks", dict(drop_blocks=4)), ("image.size", dict(image_size=18)),
-    ("decoder", dict(decoder_dim=18)), ("nowhere", dict(data="nowhere")), ("--batch-size", dict(batch_size=65)),
-    ("--micro-batch", dict(micro_batch=5)), ("--device", dict(device="toaster")), ("--epochs", dict(epochs=0)),
+    ("mask.ratio", dict(mask_ratio=1)),
+    ("drop.ratio", dict(drop_ratio=1)),
+    ("drop.ratio", dict(drop_ratio=0.9)),
+    ("stages", dict(drop_stages=5)),
+    ("blocks", dict(drop_blocks=4)),
+    ("image.size", dict(image_size=18)),
+    ("decoder", dict(decoder_dim=18)),
+    ("nowhere", dict(data="nowhere")),
+    ("--batch-size", dict(batch_size=65)),
+    ("--micro-batch", dict(micro_batch=5)),
+    ("--device", dict(device="toaster")),
+    ("--epochs", dict(epochs=0)),
     ("--min-crop", dict(min_crop=0)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("named, changes", MISTAKES)

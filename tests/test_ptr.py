@@ -137,11 +137,21 @@ def test_num_kept_equals_exact_arithmetic():
             assert num_kept(n, float(ratio)) == math.floor(n * (1 - Fraction(ratio))), (n, ratio)
 
 
-@pytest.mark.parametrize("depth, stages, at, blocks", [
-    (12, 3, "start", (0, 4, 8)), (12, 3, "late", (3, 7, 11)), (12, 3, "front", (0, 1, 2)),
-    (12, 5, "start", (0, 2, 4, 7, 9)), (12, 5, "late", (1, 3, 6, 8, 11)), (32, 3, "start", (0, 10, 21)),
-    (24, 3, "start", (0, 8, 16)), (12, 12, "start", tuple(range(12))), (12, 1, "late", (11,)), (12, 0, "start", ()),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "depth, stages, at, blocks",
+    [
+        (12, 3, "start", (0, 4, 8)),
+        (12, 3, "late", (3, 7, 11)),
+        (12, 3, "front", (0, 1, 2)),
+        (12, 5, "start", (0, 2, 4, 7, 9)),
+        (12, 5, "late", (1, 3, 6, 8, 11)),
+        (32, 3, "start", (0, 10, 21)),
+        (24, 3, "start", (0, 8, 16)),
+        (12, 12, "start", tuple(range(12))),
+        (12, 1, "late", (11,)),
+        (12, 0, "start", ()),
+    ],
+)
 def test_drop_blocks(depth, stages, at, blocks):
     assert drop_blocks(depth, stages, at) == blocks
     assert at != "start" or drop_blocks(depth, stages) == blocks, "the paper's is the default"
@@ -174,13 +184,21 @@ def test_token_counts_are_what_drop_tokens_leaves(ptr):
     assert token_counts(50, 12, ptr) == [*counts, x.shape[1]]
 
 
-@pytest.mark.parametrize("impossible", [
-    lambda: PTR((0,), -0.1), lambda: PTR((0,), 1.0), lambda: PTR((0,), math.nan), lambda: PTR((0, 4, 4), 0.5),
-    lambda: PTR((-1, 3), 0.5), lambda: drop_blocks(12, -1), lambda: drop_blocks(12, 13, "late"),
-    lambda: drop_blocks(12, 13, "front"),
-    lambda: token_counts(147, 12, PTR((0, 12), 0.5)),  # a block that is not there
-    lambda: token_counts(7, 12, PTR((0, 4, 8), 0.5)),  # 7, 3, 1, 0 tokens
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        lambda: PTR((0,), -0.1),
+        lambda: PTR((0,), 1.0),
+        lambda: PTR((0,), math.nan),
+        lambda: PTR((0, 4, 4), 0.5),
+        lambda: PTR((-1, 3), 0.5),
+        lambda: drop_blocks(12, -1),
+        lambda: drop_blocks(12, 13, "late"),
+        lambda: drop_blocks(12, 13, "front"),
+        lambda: token_counts(147, 12, PTR((0, 12), 0.5)),  # a block that is not there
+        lambda: token_counts(7, 12, PTR((0, 4, 8), 0.5)),  # 7, 3, 1, 0 tokens
+    ],
+)
 def test_impossible_values(impossible):
     with pytest.raises(ValueError):
         impossible()

@@ -18,15 +18,14 @@ from PIL import Image, PngImagePlugin
 
 import coco
 import finetune
-import image_files
 import pretrain
-import runs
 from coco import CocoDetection, DetectionViews
-from data import batches, training_loader
-from helpers import flags, log, start, wait_for_rows
-from image_files import UnreadableImage, find_images, read_image
+from data import training_loader
+from helpers import evaluate, flags, log, start, wait_for_rows
 from model import ViT
-from training import World, compiled
+from util import image_files, runs
+from util.image_files import UnreadableImage, find_images, read_image
+from util.training import World, batches, compiled
 from weights import find_weights, load_encoder
 
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
@@ -163,7 +162,7 @@ def test_classes_that_are_numbers(tmp_path, capsys):
 
     def top1(**settings):
         capsys.readouterr()
-        finetune.main(flags(eval=tmp_path / "public.pt", workers=0, **settings))
+        evaluate(tmp_path / "public.pt", **settings)
         out = capsys.readouterr().out
         return float(out.split("%")[0].split()[-1]) / 100, "--class-order" in out
 
@@ -274,8 +273,8 @@ def test_a_batch_is_few_tensors(tmp_path):
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"] if os.name == "posix" else ["spawn"])
 def test_loaders_start_their_processes_in_every_way(tmp_path, method):
-    views = DetectionViews(write_squares(tmp_path), channels=3, augment=True, crop_share=0.5)
-    loader = training_loader(views, 4, 1, WORLD)
+    views = DetectionViews(write_squares(tmp_path), channels=3, augment=True, crop_ratio=0.5)
+    loader = training_loader(views, 4, seed=0, workers=1, world=WORLD)
     loader.multiprocessing_context = multiprocessing.get_context(method)
     assert len(list(batches(loader))) == 3
 

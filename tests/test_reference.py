@@ -11,7 +11,7 @@ import torch
 
 from model import PCAE, ViT
 from ptr import PTR, drop_blocks
-from training import parameter_groups
+from util.training import parameter_groups
 
 PATCH, DEPTH, HEADS = 4, 4, 2
 SETTINGS = [  # image size, channels, mask ratio, stages, drop ratio, which tokens go

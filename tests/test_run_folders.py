@@ -10,13 +10,11 @@ import sys
 import pytest
 import torch
 
-import finetune
 import helpers
 import pretrain
-import runs
-import training
-from helpers import ENVIRONMENT, ROOT, assert_same_run, flags, log, train
-from training import World
+from helpers import ENVIRONMENT, ROOT, assert_same_run, evaluate, flags, log, train
+from util import runs, training
+from util.training import World
 
 CPU = torch.device("cpu")
 TINY = dict(data="shapes", limit=64, batch_size=16, epochs=2, image_size=16, patch_size=4, workers=0, device="cpu")
@@ -128,13 +126,16 @@ def test_a_lower_learning_rate_mends_a_run_that_diverged(tmp_path, script, epoch
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def run_limited(script, limit, **settings):
+def run_limited(script, limit, *words, **settings):
     """Run a script that can write no file of more than `limit` bytes."""
-    command = [sys.executable, str(ROOT / f"{script}.py"), *flags(**settings)]
+    command = [sys.executable, str(ROOT / f"{script}.py"), *words, *flags(**settings)]
     return subprocess.run(
-        command, env=ENVIRONMENT, capture_output=True, text=True,
+        command,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )  # fmt: skip
+    )
 
 
 def assert_one_sentence(result):
@@ -163,7 +164,8 @@ def test_a_failed_export_ends_in_a_sentence(tmp_path, suffix):
     if suffix == "safetensors":
         pytest.importorskip("safetensors")
     train("finetune", tmp_path / "run", **SETTINGS["finetune"])
-    result = run_limited("finetune", 20_000, init=tmp_path / "run/last.pt", export=tmp_path / f"new/vit.{suffix}")
+    words = [str(tmp_path / "run/last.pt"), str(tmp_path / f"new/vit.{suffix}")]
+    result = run_limited("weights", 20_000, *words)
     assert_one_sentence(result)
     assert not list((tmp_path / "new").iterdir())
 
@@ -174,9 +176,13 @@ PCAE = dict(drop_ratio=0.5, drop_stages=3, drop_at="start", drop_blocks=1, crite
 DECODER = dict(decoder_dim=64, decoder_depth=1, decoder_heads=4)
 
 
-@pytest.mark.parametrize("method, name", [
-    *(("mae", name) for name in PCAE), *(("simmim", name) for name in PCAE | DECODER),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "method, name",
+    [
+        *(("mae", name) for name in PCAE),
+        *(("simmim", name) for name in PCAE | DECODER),
+    ],
+)
 def test_flags_of_other_methods_are_refused(tmp_path, method, name):
     """Also with their defaults."""
     with pytest.raises(SystemExit, match="--" + name.replace("_", "-")):
@@ -199,11 +205,11 @@ def left_over(monkeypatch):
 def test_torchruns_variables_do_not_count_without_its_rank(tmp_path, left_over, capsys):
     assert training.start_world("cpu") == World(0, 1, CPU)
     with_them = train("pretrain", tmp_path / "with", **SETTINGS["pretrain"])
-    finetune.main(flags(init=tmp_path / "with/last.pt", knn=5, limit=100, device="cpu"))
+    evaluate(tmp_path / "with/last.pt", knn=5, limit=100)
     for name in TORCHRUN:
         left_over.delenv(name, raising=False)
     assert_same_run(with_them, train("pretrain", tmp_path / "without", **SETTINGS["pretrain"]))
-    assert "100 searched, 2,000 scored" in capsys.readouterr().out
+    assert "100 images to fit, 2,000 scored" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])

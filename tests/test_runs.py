@@ -7,23 +7,29 @@ import pickle
 import pytest
 import torch
 
+import data
 import detect
 import finetune
 import pretrain
-import runs
+from util import runs
 
 RECIPES = {"laptop": {}, "big": dict(epochs=300, rate=2.0)}
 HISTORY = [dict(epoch=1, loss=0.5), dict(epoch=2, loss=None)]
 
 
-def parse(*words, kept=()):
-    """The settings of a small script."""
+def script():
+    """The flags of a small script."""
     parser = runs.flag_parser("A script.")
     runs.add_flags(parser, RECIPES, out="runs/script", files="some")
-    for flag, kind, default in (("epochs", int, 10), ("rate", float, 0.5), ("workers", int, 0), ("eval", str, None)):
+    for flag, kind, default in (("epochs", int, 10), ("rate", float, 0.5), ("workers", int, 0), ("data", str, "set")):
         parser.add_argument(f"--{flag}", type=kind, default=default)
     parser.add_argument("--warmup-epochs", type=float)
-    return vars(runs.parse(parser, RECIPES, [str(word) for word in words], warmup_ratio=0.1, kept=kept)[0])
+    return parser
+
+
+def parse(*words):
+    """The settings of a small script."""
+    return vars(runs.parse(script(), RECIPES, [str(word) for word in words], warmup_ratio=0.1, sets=["set"])[0])
 
 
 @pytest.fixture
@@ -39,15 +45,23 @@ def run(tmp_path):
 def test_layers_of_settings(run):
     """Defaults < recipe < checkpoint < flags; a flag that repeats a default is a flag, too."""
     for words, epochs, rate in (
-        ([], 10, 0.5), (["--recipe", "big"], 300, 2), (["--epochs", 10, "--recipe", "big"], 10, 2),
-        (["--resume", "--out", run], 300, 3), (["--eval", run / "best.pt"], 10, 0.5),
-    ):  # fmt: skip
+        ([], 10, 0.5),
+        (["--recipe", "big"], 300, 2),
+        (["--epochs", 10, "--recipe", "big"], 10, 2),
+        (["--resume", "--out", run], 300, 3),
+    ):
         args = parse(*words)
         assert (args["epochs"], args["rate"]) == (epochs, rate)
-    args = parse("--eval", run / "best.pt", "--epochs", 5, kept=("rate", "epochs", "unheard_of"))
-    assert (args["epochs"], args["rate"], args["workers"]) == (5, 3, 0)
-    torch.save(dict(config=dict(rate=9)), run / "public.pt")  # what others call `config` is not ours
-    assert parse("--eval", run / "public.pt", kept=("rate",))["rate"] == 0.5
+
+
+def test_settings_of_a_checkpoint_that_is_looked_at(run):
+    """Of a group from which a flag is given none is taken; of a public file none at all."""
+    best, groups = runs.load(run / "best.pt"), [("rate",), ("epochs", "workers"), ("unheard_of",)]
+    for words, expected in (([], (300, 3, 2)), (["--rate", "1"], (300, 1, 2)), (["--epochs", "5"], (5, 3, 0))):
+        args = runs.parse_with_checkpoint(script(), words, best, groups)
+        assert (args.epochs, args.rate, args.workers) == expected
+    public = dict(config=dict(rate=9))  # what others call `config` is not ours
+    assert runs.parse_with_checkpoint(script(), [], public, groups).rate == 0.5
 
 
 def test_what_a_resumed_run_may_change(run, tmp_path):
@@ -74,9 +88,9 @@ def test_one_epoch_of_any_recipe(script):
     """Warm-ups made for long runs give way; no other."""
     for recipe in script.RECIPES:
         for words in (["--epochs", "1"], ["--dry-run"]):
-            args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words], warmup_ratio=0.1)
+            args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words], 0.1, data.SETS)
             assert args.epochs == 1 and 0 < args.warmup_epochs < 1
-    args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"], 0.1)
+    args, _ = runs.parse(script.arguments(), script.RECIPES, ["--epochs", "4", "--warmup-epochs", "3"], 0.1, data.SETS)
     assert args.warmup_epochs == 3
 
 

@@ -4,19 +4,33 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shapes import SHAPES, Shapes, draw_scene, draw_shapes
+from util.shapes import SHAPES, Shapes, draw_scene, draw_shapes
 
 # Points (right, down) of each object, and points beside it.
 INSIDE = dict(
-    disk=[(0, 0), (0.6, 0.6)], square=[(0.7, 0.7)], triangle=[(0, -0.8), (0.7, 0.45)], ring=[(0.7, 0), (0, -0.6)],
-    plus=[(0.8, 0), (0, 0.8)], star=[(0, -0.9), (0.85, -0.27)], heart=[(0.4, -0.3), (0, 0.85)], crescent=[(-0.6, 0)],
-    hourglass=[(0.5, 0.75), (-0.5, -0.75)], arrow=[(0, -0.8), (0.7, -0.15), (0, 0.85)],
-)  # fmt: skip
+    disk=[(0, 0), (0.6, 0.6)],
+    square=[(0.7, 0.7)],
+    triangle=[(0, -0.8), (0.7, 0.45)],
+    ring=[(0.7, 0), (0, -0.6)],
+    plus=[(0.8, 0), (0, 0.8)],
+    star=[(0, -0.9), (0.85, -0.27)],
+    heart=[(0.4, -0.3), (0, 0.85)],
+    crescent=[(-0.6, 0)],
+    hourglass=[(0.5, 0.75), (-0.5, -0.75)],
+    arrow=[(0, -0.8), (0.7, -0.15), (0, 0.85)],
+)
 BESIDE = dict(
-    disk=[(0.7, 0.7)], square=[(0.8, 0)], triangle=[(0.5, -0.5), (0, 0.6)], ring=[(0, 0), (0.95, 0)],
-    plus=[(0.5, 0.5), (0.95, 0)], star=[(0, 0.45), (0.8, 0)], heart=[(0, -0.75), (0.7, 0.6)],
-    crescent=[(0.45, 0), (0.95, 0)], hourglass=[(0.3, 0), (0, 0.9)], arrow=[(0.5, 0.3), (0.5, -0.8)],
-)  # fmt: skip
+    disk=[(0.7, 0.7)],
+    square=[(0.8, 0)],
+    triangle=[(0.5, -0.5), (0, 0.6)],
+    ring=[(0, 0), (0.95, 0)],
+    plus=[(0.5, 0.5), (0.95, 0)],
+    star=[(0, 0.45), (0.8, 0)],
+    heart=[(0, -0.75), (0.7, 0.6)],
+    crescent=[(0.45, 0), (0.95, 0)],
+    hourglass=[(0.3, 0), (0, 0.9)],
+    arrow=[(0.5, 0.3), (0.5, -0.8)],
+)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.__name__)

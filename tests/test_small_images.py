@@ -1,6 +1,5 @@
 """Sets in memory: their files, and views of a batch that equal torchvision's and those of single images."""
 
-import argparse
 import gzip
 import pickle
 
@@ -11,12 +10,11 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 import data
-import finetune
 import visualize
 from data import BatchViews, CenterView
-from helpers import flags, train
-from small_images import InMemory, draw_boxes, resized_crops, torchvision_set
-from training import World
+from helpers import evaluate, flags, train
+from util.small_images import InMemory, draw_boxes, resized_crops, torchvision_set
+from util.training import World
 
 ALONE, *TWO = (World(rank, size, torch.device("cpu")) for rank, size in ((0, 1), (0, 2), (1, 2)))
 
@@ -73,8 +71,9 @@ def test_a_batch_of_views_equals_single_ones_and_depends_on_seed_epoch_and_index
         loader.sampler.set_epoch(epoch)
         return {int(label): view for batch, labels, _ in loader for view, label in zip(batch, labels, strict=True)}
 
-    whole, whole_again = (epoch_of(data.training_loader(views(), 8, 3, ALONE), epoch) for epoch in (1, 2))
-    halves = [epoch_of(data.training_loader(views(), 4, 0, world), 1) for world in TWO]
+    loader = data.training_loader(views(), 8, seed=0, workers=3, world=ALONE)
+    whole, whole_again = (epoch_of(loader, epoch) for epoch in (1, 2))
+    halves = [epoch_of(data.training_loader(views(), 4, seed=0, workers=0, world=world), 1) for world in TWO]
     assert len(whole) == 24 and whole.keys() == halves[0].keys() | halves[1].keys() and list(whole) != sorted(whole)
     for index, view in whole.items():
         single, labels, readable = views().__getitems__([(1, index)])
@@ -100,11 +99,15 @@ def test_what_is_not_cropped_is_the_centre(size, margin):
 
 
 def test_which_views_training_takes():
-    args = argparse.Namespace(min_crop=0.5, flip=True, channels=1, seed=0, image_size=[16])
+    options = dict(flip=True, channels=1, seed=0, device=torch.device("cpu"))
     augment = data.augmentations(rand_augment=9, erasing=0.9)
-    at_once, one_by_one = (data.training_views(numbered(8), args, (16, 16), "cpu", some) for some in ([], augment))
-    for views in (at_once, one_by_one, data.evaluation_views(numbered(8), args)):
-        (batch, labels, readable), *_ = data.evaluation_loader(views, 8, 0, ALONE)
+    at_once, one_by_one = (
+        data.training_views(numbered(8), (16, 16), 0.5, augment=steps, **options) for steps in ([], augment)
+    )
+    loading = dict(workers=0, world=ALONE)
+    loaders = [data.evaluation_loader(views, 8, **loading) for views in (at_once, one_by_one)]
+    for loader in (*loaders, data.scoring_loader(numbered(8), (16, 16), 1, batch_size=8, **loading)):
+        (batch, labels, readable), *_ = loader
         assert batch.shape == (8, 1, 16, 16) and labels.tolist() == list(range(8)) and readable.all()
     assert [isinstance(views, BatchViews) for views in (at_once, one_by_one)] == [True, False]
 
@@ -126,9 +129,14 @@ def write_mnist(folder, pack, train=6, test=3, size=28, seed=0):
         write_idx(folder / f"{part}-labels-idx1-ubyte{suffix}", (torch.arange(count) % 10).byte(), pack)
 
 
-@pytest.mark.parametrize("name, place, pack", [
-    ("fashionmnist", ".", True), ("fashionmnist", "FashionMNIST/raw", True), ("mnist", "MNIST/raw", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, place, pack",
+    [
+        ("fashionmnist", ".", True),
+        ("fashionmnist", "FashionMNIST/raw", True),
+        ("mnist", "MNIST/raw", False),
+    ],
+)
 def test_mnist_is_read_from_its_four_files(tmp_path, name, place, pack):
     write_mnist(tmp_path / place, pack)
     for split, count in (("train", 6), ("test", 3)):
@@ -162,10 +170,10 @@ def test_a_grey_set_goes_through_all_scripts(tmp_path, capsys):
     init = dict(init=tmp_path / "a/last.pt")
     for name, changes in (("b", dict(rand_augment=5, workers=0)), ("c", dict(linear_probe=True)), ("d", {})):
         assert train("finetune", tmp_path / name, **common, **init, **changes)["encoder"]["channels"] == 1
-    finetune.main(flags(eval=tmp_path / "d/last.pt", drop_ratio=[0, 0.3], device="cpu"))
-    finetune.main(flags(knn=True, **init, **{key: common[key] for key in ("data", "data_root", "device")}))
+    evaluate(tmp_path / "d/last.pt", drop_ratio=[0, 0.3])
+    evaluate(tmp_path / "a/last.pt", knn=True)
     visualize.main(flags(checkpoint=tmp_path / "d/last.pt", limit=2, out=tmp_path / "picture.png", device="cpu"))
-    assert "20 of them scored" in capsys.readouterr().out and (tmp_path / "picture.png").exists()
+    assert "20 images scored" in capsys.readouterr().out and (tmp_path / "picture.png").exists()
 
 
 def test_cifar_and_stl(tmp_path, monkeypatch):

@@ -8,13 +8,14 @@ import sys
 import pytest
 import torch
 
-import training
 from helpers import ROOT
 from model import PCAE, Classifier, ViT
 from ptr import PTR
-from training import World
+from util import training
+from util.training import World
 
 CPU = torch.device("cpu")
+
 
 def test_warmup_cosine():
     def rates(*steps, warmup=10):
@@ -29,7 +30,7 @@ def test_warmup_cosine():
 def test_warmup_steps():
     def rates(*steps, warmup=10):
         options = dict(peak=0.4, milestones=[20.0, 30.0], warmup=warmup)
-        return [training.warmup_steps(step, **options) for step in steps]
+        return [training.warmup_milestones(step, **options) for step in steps]
 
     assert rates(0, 1, 5, 10, 19) == pytest.approx([0, 0.04, 0.2, 0.4, 0.4])
     assert rates(20, 29, 30, 99) == pytest.approx([0.04, 0.04, 0.004, 0.004])
@@ -61,8 +62,11 @@ def test_what_decays():
     """Weights of linear layers and of the patch embedding; no bias, norm, class or mask token, or position."""
     student = ViT((8, 12), 4, dim=16, depth=2, heads=2)
     model = PCAE(student, ptr=PTR((0,), 0.2), decoder_dim=8, decoder_depth=1, decoder_heads=2)
-    layers = [f"{block}.{layer}.weight" for block in ("student.blocks.0", "student.blocks.1", "decoder.blocks.0")
-              for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]  # fmt: skip
+    layers = [
+        f"{block}.{layer}.weight"
+        for block in ("student.blocks.0", "student.blocks.1", "decoder.blocks.0")
+        for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    ]
     layers += ["student.patch_embed.proj.weight", "decoder.embed.weight", "decoder.pred.weight"]
     found = grouped(model)
     assert {name for name, group in found.items() if group == (1, 0.05)} == set(layers)
@@ -130,9 +134,19 @@ def test_a_device_that_is_not_here():
 
 @pytest.mark.parametrize(
     "batch, micro, processes, expected",
-    [(16, None, 1, (16, 1)), (16, 4, 1, (4, 4)), (16, None, 2, (8, 1)), (16, 4, 2, (4, 2)), (16, 99, 4, (4, 1)),
-     (15, None, 2, None), (16, 5, 1, None), (16, 3, 2, None), (1, None, 2, None), (0, None, 1, None)],
-)  # fmt: skip
+    [
+        (16, None, 1, (16, 1)),
+        (16, 4, 1, (4, 4)),
+        (16, None, 2, (8, 1)),
+        (16, 4, 2, (4, 2)),
+        (16, 99, 4, (4, 1)),
+        (15, None, 2, None),
+        (16, 5, 1, None),
+        (16, 3, 2, None),
+        (1, None, 2, None),
+        (0, None, 1, None),
+    ],
+)
 def test_batch_sizes(batch, micro, processes, expected):
     """(images at once, times): in all processes together they make the batch, or there is no run."""
     world = World(0, processes, CPU)
@@ -143,9 +157,9 @@ def test_batch_sizes(batch, micro, processes, expected):
         assert training.batch_sizes(batch, micro, world) == expected
 
 
-@pytest.mark.parametrize("script", ["pretrain", "finetune", "detect"])
+@pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "detect", "visualize", "benchmark"])
 def test_how_long_threads_wait_is_decided_before_torch_is_loaded(script):
-    code = f"import sys, {script}; names = list(sys.modules); print(names.index('threads') < names.index('torch'))"
+    code = f"import sys, {script}; names = list(sys.modules); print(names.index('util.threads') < names.index('torch'))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "True"
 
 
@@ -154,6 +168,6 @@ def test_how_long_threads_wait_is_decided_before_torch_is_loaded(script):
 )
 def test_threads_wait_for_a_bounded_time_unless_the_user_says_otherwise(variables, spins):
     environment = {name: text for name, text in os.environ.items() if "OMP_" not in name} | variables
-    code = "import os, threads; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code = "import os, util.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     found = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)
     assert found.strip() == spins

@@ -13,11 +13,11 @@ import data
 import detect
 import finetune
 import pretrain
-import runs
 import visualize
 from model import patchify
 from ptr import CRITERIA, PTR, token_counts
-from shapes import SHAPES, Shapes, draw_scene
+from util import runs
+from util.shapes import SHAPES, Shapes, draw_scene
 from weights import load_classifier, load_encoder
 
 IMAGES = Shapes("val", 3, (32, 32)).images
@@ -58,11 +58,14 @@ def patches_of(picture, columns):
     return patchify(tiles[..., :: tiles.shape[2] // 32, :: tiles.shape[3] // 32], 4).unflatten(0, (3, columns))
 
 
-@pytest.mark.parametrize("words, weights, class_token, ptr, num_given", [
-    ([], "teacher", False, PTR((0, 1, 2), 0.5), 64),
-    (["--masked"], "teacher", False, PTR((0, 1, 2), 0.5), 48),
-    (["--weights", "student", "--drop-ratio", 0.25, "--drop-blocks", 1, 3], "student", True, PTR((1, 3), 0.25), 64),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words, weights, class_token, ptr, num_given",
+    [
+        ([], "teacher", False, PTR((0, 1, 2), 0.5), 64),
+        (["--masked"], "teacher", False, PTR((0, 1, 2), 0.5), 48),
+        (["--weights", "student", "--drop-ratio", 0.25, "--drop-blocks", 1, 3], "student", True, PTR((1, 3), 0.25), 64),
+    ],
+)
 def test_what_is_left_of_the_input_is_what_the_encoder_keeps(folder, words, weights, class_token, ptr, num_given):
     picture = draw(folder, *words, "--checkpoint", folder / "a/dry-run/last.pt", "--limit", 3)
     found, original = patches_of(picture, 1 + len(ptr.blocks)), patchify(IMAGES, 4)

@@ -13,8 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import runs
 from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT
+from util import runs
 from weights import infer_arguments, load_classifier, load_encoder, resize_positions, timm_call, timm_weights
 
 PATCH, SIZE, GRID, DIM, HEADS = 8, (32, 32), (4, 4), 192, 3
@@ -101,9 +101,12 @@ def moco(student, teacher):
 
 FORMATS = {
     "MAE": lambda student, _: REST | dict(model=student | DECODER),
-    "DINO": lambda student, teacher: REST | dict(
-        student=prefixed("module.backbone.", student) | prefixed("module.", PROJECTOR),
-        teacher=prefixed("backbone.", teacher) | PROJECTOR,
+    "DINO": lambda student, teacher: (
+        REST
+        | dict(
+            student=prefixed("module.backbone.", student) | prefixed("module.", PROJECTOR),
+            teacher=prefixed("backbone.", teacher) | PROJECTOR,
+        )
     ),
     "DINO's backbone": lambda student, _: student,
     "DeiT": lambda student, _: dict(model=student | HEAD),

@@ -9,21 +9,17 @@ A run folder holds `args.json`, `metrics.jsonl` (one line an epoch), `last.pt` a
 import argparse
 import io
 import json
-import math
 import os
 import pickle
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
-
-from data import SETS
-from ptr import CRITERIA, PLACEMENTS, PTR, drop_blocks
 
 # Flags that a resumed run may change: they leave the result as it is, but for rounding and, with another micro-batch,
 # for what is drawn per micro-batch (drop path, the `random` criterion, MixUp, CutMix). And `blr`, which a run may need
@@ -44,44 +40,22 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(usage=usage, description=description, formatter_class=Formatter, allow_abbrev=False)
 
 
-def share(text: str) -> float:
-    """A flag's number between 0 and 1."""
-    if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return float(text)
-
-
 def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str, files: str) -> None:
     """The flags about a run as such. `out` is its folder, `files` what it holds."""
     add = parser.add_argument_group("run").add_argument
+    resume = "continue FILE, or the run in --out, with its settings; where --out holds no run yet, start one"
     add("--recipe", default="laptop", choices=recipes, help="settings to start from; flags given win")
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
-    add("--resume", nargs="?", const="", metavar="FILE", help="continue FILE, or the run in --out, with its settings; "
-        "where --out holds no run yet, start one")
-    add("--dry-run", action="store_true", help="two steps of everything, saved as a run is, in the folder dry-run "
-        "below --out, then exit")
+    add("--resume", nargs="?", const="", metavar="FILE", help=resume)
+    add("--dry-run", action="store_true", help="two steps of everything, saved in the folder dry-run below --out")
+    add_device_flags(add)
+
+
+def add_device_flags(add: Callable[..., Any]) -> None:
+    """Where and how precisely to compute, and the seed."""
     add("--device", default="auto", help="cpu, cuda, mps, ...")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
     add("--seed", type=int, default=0, help="of everything that is random")
-
-
-def add_ptr_flags(add: Callable[..., Any]) -> None:
-    """The flags about where tokens are dropped, and which; how many, each script says."""
-    add("--drop-stages", type=int, default=3, help="how often tokens are dropped")
-    add("--drop-at", default="start", choices=PLACEMENTS, help="after the first block of each stage, the last, or the "
-        "first blocks")
-    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="drop after these blocks instead (0-based)")
-    add("--criterion", default="similarity", choices=CRITERIA, help="which tokens to drop (ptr.CRITERIA)")
-
-
-def token_reduction(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:
-    """PTR as the flags say, at this ratio, in an encoder of `depth` blocks. Raises ValueError where it does not fit."""
-    if not drop_ratio:
-        return PTR()
-    blocks = args.drop_blocks
-    if blocks is None:
-        blocks = drop_blocks(depth, args.drop_stages, args.drop_at)
-    return PTR(tuple(blocks), drop_ratio, args.criterion)
 
 
 def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
@@ -102,22 +76,16 @@ def parse(
     recipes: dict[str, dict[str, Any]],
     argv: list[str] | None,
     warmup_ratio: float,
-    kept: tuple[str, ...] = (),
+    sets: Collection[str],
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Arguments in layers, the later one wins: defaults, `--recipe`, the checkpoint to `--resume`, the flags given.
 
-    Returns that checkpoint, too. With `--eval` it is the one to score, and only its settings named in `kept` count.
-    Refuses, naming them, flags that would change what a resumed run trains. `warmup_ratio`: see `settle_epochs`.
+    Returns that checkpoint, too. Refuses, naming them, flags that would change what a resumed run trains; `--data`
+    may change if it is a folder, none of the `sets`: where a folder lies is not what it is. For `warmup_ratio` see
+    `settle_epochs`.
     """
     first = parser.parse_args(argv)
     parser.set_defaults(**recipes[first.recipe])
-    if getattr(first, "eval", None) is not None:
-        checkpoint = load(first.eval)
-        config = checkpoint.get("config", {}) if "method" in checkpoint else {}  # of a public file nothing is known
-        if given(parser, argv) & {"drop_stages", "drop_at"}:
-            config["drop_blocks"] = None  # of two ways to say where tokens are dropped, the one that was asked for
-        parser.set_defaults(**{name: config[name] for name in kept if name in config})
-        return parser.parse_args(argv), checkpoint
     path = Path(first.resume or first.out)
     path = path / "last.pt" if path.is_dir() or not first.resume else path
     if first.resume is None or not (first.resume or path.exists()):
@@ -136,14 +104,26 @@ def parse(
     args = parser.parse_args(argv)
     args.resume = str(path)
     settle_epochs(args, warmup_ratio)
-    free = set(FREE)
-    if not {vars(args).get("data"), config.get("data")} & {*SETS, "coco"}:  # where a folder lies is not what it is
-        free.add("data")
+    free = {*FREE} if {args.data, config.get("data")} & {*sets} else {*FREE, "data"}
     changed = [name for name, value in config.items() if name not in free and getattr(args, name) != value]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} ({config[name]} there)" for name in changed)
         raise SystemExit(f"error: --resume {path} was made with another {flags}: leave it out, or start a run anew")
     return args, checkpoint
+
+
+def parse_with_checkpoint(
+    parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict[str, Any], kept: Iterable[tuple[str, ...]]
+) -> argparse.Namespace:
+    """Arguments for looking at a checkpoint: flags given, else its settings, else defaults.
+
+    `kept` are groups of settings; of a group from which a flag is given none is taken from the checkpoint. Of a public
+    file, whose `config` may be anything, none is taken.
+    """
+    config, names = checkpoint.get("config", {}) if "method" in checkpoint else {}, given(parser, argv)
+    taken = [name for group in kept if not names & {*group} for name in group if name in config]
+    parser.set_defaults(**{name: config[name] for name in taken})
+    return parser.parse_args(argv)
 
 
 def settle_epochs(args: argparse.Namespace, warmup_ratio: float) -> None:
@@ -271,18 +251,8 @@ def load(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def describe(row: dict[str, Any]) -> str:
-    """A row of the log in one line."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in row.items() if value is not None)
-
-
-def is_finite(row: dict[str, float]) -> bool:
-    """Whether a step may be taken: its loss and gradient are finite. What else is logged does not decide."""
-    return math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])
-
-
-def mean_of_steps(rows: list[dict[str, float]]) -> dict[str, float | None]:
-    """The mean over an epoch's steps that were taken; those `skipped` had a loss or gradient that is not finite."""
-    taken = [row for row in rows if is_finite(row)]
-    mean = {name: sum(row[name] for row in taken) / len(taken) if taken else None for name in rows[0]}
-    return mean | dict(skipped=len(rows) - len(taken))
+def describe(row: dict[str, Any], *names: str) -> str:
+    """The columns `names` of a row of the log in one line, and how many steps or images were left out, if any were."""
+    shown = [name for name in names if row.get(name) is not None]
+    shown += [name for name in ("skipped", "unreadable") if row.get(name)]
+    return "  ".join(f"{name} {row[name]:.4g}" for name in shown)

@@ -1,5 +1,6 @@
-"""What all three training loops need: processes, seeds, precision, schedules, parameter groups."""
+"""What the three training loops share: flags, processes, batches, seeds, precision, schedules, parameter groups."""
 
+import argparse
 import contextlib
 import hashlib
 import math
@@ -7,12 +8,39 @@ import os
 import re
 import shutil
 import sys
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from util.image_files import UnreadableImage
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def ratio(text: str) -> float:
+    """A flag's number between 0 and 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
+def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
+    """The flags of the optimisation, with a script's defaults; `drawn` is what is random in a micro-batch."""
+    micro = f"images at once per process (default: all). Gradients accumulate; what is drawn differs ({drawn})"
+    add("--epochs", type=int, default=epochs, help="passes over the data")
+    add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
+    add("--micro-batch", type=int, help=micro)
+    add("--blr", type=float, default=blr, help="learning rate per 256 images: lr = blr * batch size / 256")
+    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default, and if not below --epochs: {warmup})")
+    add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
+    add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (norm); 0: no clipping")
+
 
 # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -31,6 +59,11 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def hides_bars(self) -> bool | None:
+        """What `disable` of tqdm is to be: True in all processes but the first, None (not in a log file) there."""
+        return None if self.is_main else True
 
     def describe(self) -> str:
         """Where it runs, in words."""
@@ -88,18 +121,88 @@ def gather_lists(items: list[Any]) -> list[Any]:
         return items
     lists = [None] * dist.get_world_size()
     dist.all_gather_object(lists, items)
-    return [item for some in lists for item in some]
+    return [item for of_one_process in lists for item in of_one_process]
 
 
 def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple[int, int]:
     """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
-    share = batch_size // world.size
-    micro_batch = min(micro_batch or share, share)
-    if not share or share * world.size != batch_size or share % micro_batch:
+    local_batch = batch_size // world.size
+    micro_batch = min(micro_batch or local_batch, local_batch)
+    if not local_batch or local_batch * world.size != batch_size or local_batch % micro_batch:
         raise SystemExit(
             f"error: --batch-size {batch_size} is not {world.size} process(es) x some times --micro-batch {micro_batch}"
         )
-    return micro_batch, share // micro_batch
+    return micro_batch, local_batch // micro_batch
+
+
+def describe_steps(total: int, batch_size: int, micro_batch: int, accumulate: int, blr: float, world: World) -> str:
+    """Number and size of the steps and the peak learning rate, in words."""
+    parts = f"{world.size} process(es) x {accumulate} x {micro_batch}"
+    peak = f"{blr * batch_size / 256:.3g} = {blr:g} * {batch_size} / 256"
+    return f"{total:,}, each {batch_size} images = {parts}; peak learning rate {peak}"
+
+
+# --- batches and steps ------------------------------------------------------------------------------------------------
+
+
+def batches(loader: DataLoader) -> Iterator[Any]:
+    """A loader's batches. What its processes mostly die of, in a container or with few descriptors, gets one line."""
+    try:
+        yield from loader
+    except UnreadableImage as error:  # one from a loader's process brings its traceback along
+        raise SystemExit(f"error: --data: {str(error).splitlines()[-1]}") from None
+    except (RuntimeError, OSError) as error:
+        signs = "DataLoader worker (pid", "No space left", "shared memory", "ancdata", "Too many open files"
+        if not any(sign in str(error) for sign in signs):
+            raise
+        raise SystemExit(
+            "error: the processes that load data ran out of memory, shared memory (/dev/shm) or file descriptors: "
+            f"take fewer --workers, 0 for none ({str(error).splitlines()[-1]})"
+        ) from None
+
+
+def check_readable(unreadable: int, seen: int) -> None:
+    """Stop a run more than a quarter of whose images are unreadable."""
+    if unreadable > max(8, seen / 4):
+        raise SystemExit(f"error: --data: {unreadable} of {seen} images cannot be read (named above)")
+
+
+class Stopwatch:
+    """The seconds spent within `with stopwatch:`."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self.seconds -= time.perf_counter()
+
+    def __exit__(self, *exception: Any) -> None:
+        self.seconds += time.perf_counter()
+
+
+class StepGuard:
+    """Keeps steps whose loss or gradient is not finite away from the weights; ten of them in a row end the run.
+
+    All processes have the same numbers, so they decide the same.
+    """
+
+    def __init__(self):
+        self.skipped_in_a_row = 0
+
+    def allows(self, step: dict[str, float]) -> bool:
+        """Whether the step with this `loss` and `grad_norm` is to be taken."""
+        if is_finite(step):
+            self.skipped_in_a_row = 0
+            return True
+        self.skipped_in_a_row += 1
+        if self.skipped_in_a_row == 10:
+            raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
+        return False
+
+
+def is_finite(step: dict[str, float]) -> bool:
+    """Whether loss and gradient norm are finite; other logged numbers do not decide."""
+    return math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"])
 
 
 # --- seeds and precision ----------------------------------------------------------------------------------------------
@@ -155,7 +258,7 @@ def warmup_cosine(step: float, *, peak: float, total: float, warmup: float) -> f
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
-def warmup_steps(step: float, *, peak: float, milestones: list[float], warmup: float) -> float:
+def warmup_milestones(step: float, *, peak: float, milestones: list[float], warmup: float) -> float:
     """Learning rate at `step`: linear from 0 to `peak` over `warmup`, a tenth of it after each of `milestones`."""
     rate = peak * min(step / warmup, 1.0) if warmup else peak
     return rate * 0.1 ** sum(step >= milestone for milestone in milestones)

@@ -9,11 +9,11 @@ from torch import nn
 from torch.utils.data import Dataset
 
 import data
-import scores
-from image_files import UnreadableImage
 from model import Classifier, ViT
 from ptr import PTR, token_counts
-from training import World
+from util import metrics, profiling
+from util.image_files import UnreadableImage
+from util.training import World
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
@@ -23,8 +23,8 @@ def test_directions():
     """By hand: of two tokens that are opposite, of one direction, at a right angle; lengths do not matter."""
     pairs = [[3.0, 0], [-0.1, 0]], [[2.0, 0], [5, 0]], [[7.0, 0], [0, 0.2]]
     for tokens, mean, spread in zip(pairs, ([0, 0], [1, 0], [0.5, 0.5]), (1, 0, 0.5**0.5), strict=True):
-        direction = scores.mean_direction(torch.tensor([tokens]))
-        assert direction.tolist() == pytest.approx(mean) and scores.spread(direction).item() == pytest.approx(spread)
+        direction = metrics.mean_direction(torch.tensor([tokens]))
+        assert direction.tolist() == pytest.approx(mean) and metrics.spread(direction).item() == pytest.approx(spread)
 
 
 def features():
@@ -51,7 +51,7 @@ def test_knn_is_a_weighted_vote(k):
         votes = [(similarity[nearest][bank_labels[nearest] == name] / 0.07).exp().sum() for name in range(5)]
         right += votes.index(max(votes)) == label.item()
     assert 0.4 < right / 1100 < 0.9
-    assert scores.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(right / 1100, abs=1.5 / 1100)
+    assert metrics.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(right / 1100, abs=1.5 / 1100)
 
 
 def test_the_linear_classifier_is_ridge_regression():
@@ -63,13 +63,15 @@ def test_the_linear_classifier_is_ridge_regression():
         targets = torch.cat([torch.eye(5)[bank_labels], torch.zeros(10, 5)]).double()
         right = ((y @ torch.linalg.lstsq(rows, targets).solution).argmax(dim=1) == labels).double().mean().item()
         assert 0.4 < right < 0.9
-        assert scores.linear_accuracy(bank, bank_labels, queries, labels, ridge) == pytest.approx(right, abs=1.5 / 1100)
+        assert metrics.linear_accuracy(bank, bank_labels, queries, labels, ridge) == pytest.approx(
+            right, abs=1.5 / 1100
+        )
 
 
 def test_topk_accuracy():
     logits = torch.tensor([[5.0, 4, 3, 2], [0, 1, 2, 3], [1, 9, 8, 7]])
     labels = torch.tensor([0, 2, 0])  # first, second and last
-    assert [scores.topk_accuracy(logits, labels, k) for k in (1, 2, 4, 5)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
+    assert [metrics.topk_accuracy(logits, labels, k) for k in (1, 2, 4, 5)] == pytest.approx([1 / 3, 2 / 3, 1, 1])
 
 
 class Numbered(Dataset):
@@ -88,8 +90,9 @@ class Numbered(Dataset):
 
 
 def predict(images, world=ALONE, batches=None):
-    loader = data.evaluation_loader(data.Views(images, data.CenterView((4, 4)), replace=False), 3, 0, world)
-    return scores.predict(lambda x: x[:, :, 0, 0], loader, nn.Identity(), "fp32", world, batches)
+    views = data.Views(images, data.CenterView((4, 4)), replace=False)
+    loader = data.evaluation_loader(views, 3, workers=0, world=world)
+    return metrics.predict(lambda x: x[:, :, 0, 0], loader, nn.Identity(), "fp32", world, batches)
 
 
 @pytest.mark.filterwarnings("ignore:left out an unreadable image")
@@ -110,18 +113,20 @@ class Regression(nn.Linear):
 
 
 def test_macs_in_closed_form():
-    assert scores.count_macs(nn.Linear(6, 7), torch.zeros(2, 5, 6)) == 2 * 5 * 6 * 7
-    assert scores.count_macs(Regression(6, 7), torch.zeros(2, 6), backward=True) == 2 * (2 * 6 * 7)  # weights' gradient
+    assert profiling.count_macs(nn.Linear(6, 7), torch.zeros(2, 5, 6)) == 2 * 5 * 6 * 7
+    assert profiling.count_macs(Regression(6, 7), torch.zeros(2, 6), backward=True) == 2 * (
+        2 * 6 * 7
+    )  # weights' gradient
     d, ptr = 16, PTR((0, 2), 0.4)
     expected = 24 * d * 3 * 4 * 4 + d * 5  # patch embedding and head
     for tokens in token_counts(24, 3, ptr)[:-1]:
         n = tokens + 1
         expected += n * 4 * d**2 + 2 * n**2 * d + n * 8 * d**2  # projections, attention's two products, MLP
     model = Classifier(ViT((16, 24), 4, dim=d, depth=3, heads=2), 5)
-    assert scores.count_macs(model, torch.zeros(1, 3, 16, 24), ptr=ptr) == expected
+    assert profiling.count_macs(model, torch.zeros(1, 3, 16, 24), ptr=ptr) == expected
 
 
 def test_speed_ups():
     """The second function takes three times as long as the first: a busy machine may blur, but not turn that."""
-    ((slow, noise),) = scores.speed_ups(lambda: time.sleep(0.02), [lambda: time.sleep(0.06)], CPU, rounds=1)
+    ((slow, noise),) = profiling.speed_ups(lambda: time.sleep(0.02), [lambda: time.sleep(0.06)], CPU, rounds=1)
     assert 0 < slow < 0.8 and noise >= 0

@@ -1,21 +1,44 @@
-"""What features, classifiers and networks are worth, and what they cost."""
+"""Training metrics, collapse diagnostics, and the evaluation of features and classifiers."""
 
-import copy
 import itertools
-import time
 from collections.abc import Callable
-from statistics import median
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import data
-from training import World, autocast, gather_lists
+from util.training import World, autocast, batches, check_readable, gather_lists, is_finite, mean_over_processes
+
+# --- one step, one epoch ----------------------------------------------------------------------------------------------
+
+
+class StepMetrics:
+    """The numbers of one training step: means over its micro-batches and over the processes."""
+
+    def __init__(self, accumulate: int):
+        self.accumulate, self.sums = accumulate, {}
+
+    def update(self, **values: Tensor) -> None:
+        """Add a micro-batch's numbers, and `mean_direction`s (D,), whose spread is what will be logged."""
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.detach().reshape(-1) / self.accumulate
+
+    def compute(self, grad_norm: Tensor) -> dict[str, float]:
+        """All numbers by name. The one time in a step that the host waits for the device."""
+        means = mean_over_processes(torch.cat(list(self.sums.values())))
+        parts = means.split([len(value) for value in self.sums.values()])
+        scalars = [part[0] if len(part) == 1 else spread(part) for part in parts]
+        return dict(zip([*self.sums, "grad_norm"], torch.stack([*scalars, grad_norm]).tolist(), strict=True))
+
+
+def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
+    """The mean over an epoch's steps that were taken; those `skipped` had a loss or gradient that is not finite."""
+    taken = [step for step in steps if is_finite(step)]
+    mean = {name: sum(step[name] for step in taken) / len(taken) if taken else None for name in steps[0]}
+    return mean | dict(skipped=len(steps) - len(taken))
+
 
 # --- is it learning? --------------------------------------------------------------------------------------------------
 
@@ -34,6 +57,20 @@ def spread(direction: Tensor) -> Tensor:
     return (1 - direction.square().sum()).clamp(min=0).sqrt()
 
 
+def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) -> str | None:
+    """What is wrong by the last row of a pre-training's log, if anything is.
+
+    Targets may point in one direction (`target_std`), or be spread out and useless: then the k-NN accuracy did not rise
+    above that of the untrained encoder. Features can be worse at first, so this counts from half of the epochs on.
+    """
+    row, scores = history[-1], [row["knn"] for row in history if "knn" in row]
+    if (row.get("target_std") or 1.0) < 0.2:
+        return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
+    if "knn" in row and 2 * row["epoch"] >= num_epochs and scores[-1] <= scores[0]:
+        return f"features are no better than before training (k-NN accuracy {scores[-1]:.1%}, was {scores[0]:.1%})"
+    return None
+
+
 @torch.no_grad()
 def predict(
     function: Callable[[Tensor], Tensor],
@@ -41,21 +78,21 @@ def predict(
     normalize: nn.Module,
     precision: str,
     world: World,
-    batches: int | None = None,
+    num_batches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`function` of every readable image, each exactly once, and the labels: float32 (n, ...), (n,), on the CPU.
 
-    Each process works on its share of the images, the first `batches` batches of it, and all get the results of all.
+    Each process works on its part of the images, or `num_batches` batches of it, and gets the results of all.
     """
     results: list[tuple[Tensor, Tensor, int]] = []
-    some = itertools.islice(data.batches(loader), batches)
-    for images, labels, readable in tqdm(some, "scoring", len(loader), leave=False, disable=not world.is_main):
+    chosen = itertools.islice(batches(loader), num_batches)
+    for images, labels, readable in tqdm(chosen, "scoring", len(loader), leave=False, disable=world.hides_bars):
         with autocast(world.device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[readable], labels[readable], len(labels)))
     *parts, counts = zip(*gather_lists(results), strict=True)
     outputs, labels = map(torch.cat, parts)
-    data.check_readable(sum(counts) - len(labels), sum(counts))
+    check_readable(sum(counts) - len(labels), sum(counts))
     if not len(labels):
         raise SystemExit("error: --data: not one of the images to score can be read")
     return outputs, labels
@@ -68,12 +105,12 @@ def feature_statistics(
     normalize: nn.Module,
     precision: str,
     world: World,
-    batches: int | None = None,
+    num_batches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean and variance (D,) of `function`'s features (B, D) over the readable images of all processes, in float64."""
     sums = 0  # of ones, features and their squares: (3, D)
-    some = itertools.islice(data.batches(loader), batches)
-    for images, _, readable in tqdm(some, "statistics", len(loader), leave=False, disable=not world.is_main):
+    chosen = itertools.islice(batches(loader), num_batches)
+    for images, _, readable in tqdm(chosen, "statistics", len(loader), leave=False, disable=world.hides_bars):
         with autocast(world.device, precision):
             features = function(normalize(images)).cpu().double()[readable]
         sums = sums + torch.stack([torch.ones_like(features), features, features.square()]).sum(dim=1)
@@ -90,6 +127,15 @@ def topk_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
     return (top == labels[:, None]).any(dim=1).double().mean().item()
 
 
+def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Loss, and top-1 and top-5 accuracy in [0, 1], of logits (n, classes) for labels (n,)."""
+    return dict(
+        val_loss=F.cross_entropy(logits, labels).item(),
+        top1=topk_accuracy(logits, labels, 1),
+        top5=topk_accuracy(logits, labels, 5),
+    )
+
+
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Features (n, D) with the bank's mean and deviation taken out, so that what all share says nothing."""
     mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
@@ -100,9 +146,9 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
     """Accuracy in [0, 1] of a vote among the `k` nearest of a bank (n, D), weighted by exp(cosine / .07) as in DINO."""
     bank, queries = (F.normalize(x, dim=1) for x in standardise(bank, queries))
     num_right = 0
-    for some, labels in zip(queries.split(1000), query_labels.split(1000), strict=True):  # n x n would not fit
-        similarity, neighbours = (some @ bank.T).topk(min(k, len(bank)), dim=1)
-        votes = torch.zeros(len(some), int(bank_labels.max()) + 1, device=some.device)
+    for part, labels in zip(queries.split(1000), query_labels.split(1000), strict=True):  # n x n would not fit
+        similarity, neighbours = (part @ bank.T).topk(min(k, len(bank)), dim=1)
+        votes = torch.zeros(len(part), int(bank_labels.max()) + 1, device=part.device)
         votes.scatter_add_(1, bank_labels[neighbours], (similarity / 0.07).exp())
         num_right += (votes.argmax(dim=1) == labels).sum().item()
     return num_right / len(queries)
@@ -122,55 +168,9 @@ def linear_accuracy(
         return F.pad(x.cpu().double(), (0, 1), value=1.0)
 
     gram, moments = ridge * torch.eye(size).double(), torch.zeros(size, num_classes).double()
-    for some, labels in zip(bank.split(10_000), bank_labels.split(10_000), strict=True):  # ImageNet as doubles: 20 GB
-        x = inputs(some)
+    for part, labels in zip(bank.split(10_000), bank_labels.split(10_000), strict=True):  # ImageNet as doubles: 20 GB
+        x = inputs(part)
         gram += x.T @ x
         moments += x.T @ F.one_hot(labels.cpu(), num_classes).double()
     weights = torch.linalg.solve(gram, moments)
     return ((inputs(queries) @ weights).argmax(dim=1) == query_labels.cpu()).double().mean().item()
-
-
-# --- cost -------------------------------------------------------------------------------------------------------------
-
-
-def count_macs(model: nn.Module, *inputs: Tensor, backward: bool = False, **options: Any) -> int:
-    """Multiply-accumulates of convolutions, linear layers and attention products of `model(*inputs, **options)`.
-
-    With `backward` also those of the gradients of its output's `loss`. Counted on a copy without storage: there,
-    attention is two matrix products that torch's counter sees.
-    """
-    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        output = copy.deepcopy(model).to("meta").eval()(*(x.to("meta") for x in inputs), **options)
-        if backward:
-            output.loss.backward()
-    return counter.get_total_flops() // 2
-
-
-def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """How long a call takes, until the device has done it."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    start = time.perf_counter()
-    for _ in range(calls):
-        function()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return (time.perf_counter() - start) / calls
-
-
-@torch.no_grad()
-def speed_ups(
-    reference: Callable[[], Any], functions: list[Callable[[], Any]], device: torch.device, rounds: int = 9
-) -> list[tuple[float, float]]:
-    """How many times as fast as `reference` each function is: the median, and half of the middle half's width.
-
-    Each is timed right after the reference, for a fifth of a second: what slows the machine down for a while hits both.
-    """
-    for function in (reference, *functions):
-        function()  # warms up
-    calls = max(1, round(0.2 / seconds(reference, device)))
-    results = []
-    for function in functions:
-        ratios = sorted(seconds(reference, device, calls) / seconds(function, device, calls) for _ in range(rounds))
-        results.append((median(ratios), (ratios[-1 - rounds // 4] - ratios[rounds // 4]) / 2))
-    return results

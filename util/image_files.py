@@ -24,10 +24,8 @@ PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif", ".avif")
 
 # What Pillow's parsers raise on broken files; OSError covers missing, truncated and unidentified ones.
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error,
-    Image.DecompressionBombError,
-)  # fmt: skip
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
+DECODING_ERRORS += (Image.DecompressionBombError,)
 
 
 class UnreadableImage(Exception):

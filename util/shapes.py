@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from small_images import InMemory
-from training import generator
+from util.small_images import InMemory
+from util.training import generator
 
 
 def box(u: Tensor, v: Tensor, half_width: float, half_height: float) -> Tensor:

@@ -9,7 +9,7 @@ results are the same bits.
 
 import os
 
-SPINS = "700"  # turns of a loop, about as long as a thread takes to fall asleep and wake up
+SPINS = "700"  # spin count: about as long as a thread takes to fall asleep and wake up
 
 if not {"OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = SPINS  # GNU's OpenMP reads it when torch loads it

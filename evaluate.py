@@ -1,0 +1,169 @@
+"""Evaluate a classifier at several drop ratios of PTR, or the frozen features of an encoder.
+
+    python evaluate.py runs/finetune/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4        accuracy, MACs and speed
+    python evaluate.py runs/pretrain/last.pt --knn                                 k-NN and ridge-regression probe
+    python evaluate.py FILE --data FOLDER --pool class                             a public ViT with its head
+
+The k-NN vote is weighted as in DINO (temperature 0.07), but features are standardised, and by default those of the mean
+patch token (DINO's: --pool class).
+"""
+
+import argparse
+from typing import Any
+
+import util.threads  # noqa: F401 (before torch)
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+import data
+import ptr
+import weights
+from model import Classifier, ViT, pool
+from ptr import PTR
+from util import metrics, profiling, runs, training
+
+DATA = (("data",), ("data_root",))  # settings that are taken from the checkpoint where no flag is given
+
+
+def arguments() -> argparse.ArgumentParser:
+    """All flags; what is None by default depends on the file."""
+    parser = runs.flag_parser(__doc__)
+    parser.add_argument("file", metavar="FILE", help="a checkpoint of finetune.py or pretrain.py, or a public ViT")
+    knn = "evaluate frozen features: vote of K (20) nearest neighbours, and ridge regression"
+    parser.add_argument("--knn", type=int, nargs="?", const=20, metavar="K", help=knn)
+
+    add = parser.add_argument_group("data").add_argument
+    data.add_flags(add)
+    order = (
+        "order of class folders that are numbers: by name (10 before 2) or by number, which a public file does not say"
+    )
+    add("--class-order", default="name", choices=("name", "number"), help=order)
+
+    add = parser.add_argument_group("model").add_argument
+    weights.add_file_flags(add)
+    add(
+        "--pool", choices=weights.POOLS, help="mean patch token or class token (default: as the file says; --knn: mean)"
+    )
+
+    add = parser.add_argument_group("token reduction (PTR)").add_argument
+    ratios = "fractions of its patch tokens that each stage drops, a row for each (default: the checkpoint's)"
+    add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
+    ptr.add_flags(add)
+
+    add = parser.add_argument_group("run").add_argument
+    add("--batch-size", type=int, default=256, help="images at once per process")
+    runs.add_device_flags(add)
+    return parser
+
+
+def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size: tuple[int, int]) -> Dataset:
+    """The validation images, labelled as the classifier numbers its classes."""
+    options = dict(limit=args.limit, download=args.download)
+    known = checkpoint.get("classes")  # a public file's are taken to be the data's, in order
+    val = data.validation_images(args.data, args.data_root, size, **options, classes=known)
+    if known is not None or not all(name.isdecimal() for name in val.classes):
+        return val
+    by_number = sorted(val.classes, key=int)
+    if args.class_order == "number":
+        return data.validation_images(args.data, args.data_root, size, **options, classes=by_number)
+    if by_number != val.classes:
+        orders = [f"{', '.join(names[:3])}, ..." for names in (val.classes, by_number)]
+        print(f"warning: the classes are taken in the order {orders[0]} (--class-order number: {orders[1]})")
+    return val
+
+
+@torch.no_grad()
+def evaluate_classifier(
+    model: Classifier, loader: DataLoader, reductions: list[PTR], args: argparse.Namespace, world: training.World
+) -> None:
+    """Print accuracy, MACs and speed at each of the `reductions`."""
+    encoder, normalize = model.encoder, data.normalize_for(model.encoder).to(world.device)
+    rows = []
+    for reduction in reductions:
+        logits, labels = metrics.predict(
+            lambda images, reduction=reduction: model(images, ptr=reduction), loader, normalize, args.precision, world
+        )
+        rows.append(metrics.accuracies(logits, labels))
+    if not world.is_main:
+        return
+    images = torch.randn(min(args.batch_size, 64), args.channels, *encoder.image_size, device=world.device)
+    whole, *reduced = [lambda ptr=ptr: model(images, ptr=ptr) for ptr in (PTR(), *reductions)]
+    speeds = profiling.speed_ups(whole, reduced, world.device)
+    print(f"model   {encoder.describe()}, pooled by {model.pool}, on {world.device}; {len(labels):,} images scored")
+    print(f"dropping after blocks {list(max((reduction.blocks for reduction in reductions), key=len))} (0-based)")
+    print("  ratio  tokens    GMACs   top-1   top-5      speed-up")
+    for reduction, row, (speed, noise) in zip(reductions, rows, speeds, strict=True):
+        tokens = ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)[-1]
+        macs = profiling.count_macs(model, images[:1], ptr=reduction) / 1e9
+        accuracy = f"{row['top1']:6.1%}  {row['top5']:6.1%}"
+        print(f"  {reduction.drop_ratio:5.3g}  {tokens:6}  {macs:7.4g}  {accuracy}  {speed:5.2f} +- {noise:.2f}")
+
+
+def evaluate_features(
+    encoder: ViT, loaders: list[DataLoader], reductions: list[PTR], args: argparse.Namespace, world: training.World
+) -> None:
+    """Print the accuracy of k-NN and ridge regression on pooled tokens, fitted on the first loader's images."""
+    by, normalize = args.pool or "mean", data.normalize_for(encoder).to(world.device)
+    for reduction in reductions:
+
+        def features(images: Tensor, reduction: PTR = reduction) -> Tensor:
+            return pool(encoder(images, ptr=reduction).tokens, by)
+
+        train, val = (metrics.predict(features, loader, normalize, args.precision, world) for loader in loaders)
+        if world.is_main:
+            knn, ridge = metrics.knn_accuracy(*train, *val, k=args.knn), metrics.linear_accuracy(*train, *val)
+            print(
+                f"top-1 {knn:.1%} by {args.knn} nearest neighbours, {ridge:.1%} by ridge regression: {by} token, "
+                f"drop ratio {reduction.drop_ratio:g}, {len(train[1]):,} images to fit, {len(val[1]):,} scored"
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    # 1. Settings
+    parser = arguments()
+    first = parser.parse_args(argv)
+    checkpoint = runs.load(first.file)
+    kept = DATA if first.knn else (*DATA, *ptr.FLAG_GROUPS)  # features are of all tokens unless a flag says otherwise
+    args = runs.parse_with_checkpoint(parser, argv, checkpoint, kept)
+    world = training.start_world(args.device)
+
+    # 2. Model
+    options = weights.told(args) | dict(image_size=args.image_size and data.sides(args.image_size))
+    options["log"] = print if world.is_main else weights.say_nothing
+    try:
+        if args.knn is None:
+            model = weights.load_classifier(checkpoint, pool=args.pool, **options)
+        else:
+            model = weights.load_encoder(checkpoint, weights=args.weights, **options)
+        encoder = model.encoder if args.knn is None else model
+        ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # one, of a checkpoint
+        reductions = [ptr.from_args(args, len(encoder.blocks), ratio) for ratio in ratios]
+        for reduction in reductions:
+            ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)
+    except ValueError as error:
+        raise SystemExit(f"error: {args.file}: {error}") from None
+    model.to(world.device).eval()
+
+    # 3. Data and scores
+    size, args.channels = encoder.image_size, encoder.arguments["channels"]
+    scoring = dict(batch_size=args.batch_size, workers=args.workers, world=world)
+    if args.knn is not None:
+        train = data.labelled_images(args.data, args.data_root, size, args.limit, args.download)
+        val = data.validation_images(args.data, args.data_root, size, None, args.download, train.classes)
+        loaders = [data.scoring_loader(images, size, args.channels, **scoring) for images in (train, val)]
+        print(f"data    {args.data}: {data.describe(train)}")
+        return evaluate_features(encoder, loaders, reductions, args, world)
+    val = validation_images(args, checkpoint, size)
+    if checkpoint.get("classes") not in (None, val.classes) or len(val.classes) != model.head.out_features:
+        raise SystemExit(
+            f"error: {args.file} tells {model.head.out_features} classes apart, --data {args.data} has others"
+        )
+    print(f"data    {args.data}: {data.describe(val)}")
+    evaluate_classifier(model, data.scoring_loader(val, size, args.channels, **scoring), reductions, args, world)
+
+
+if __name__ == "__main__":
+    main()
+    training.end_world()
