@@ -1,11 +1,11 @@
-"""What PCAE is compared with: MAE (He et al., CVPR 2022) and SimMIM (Xie et al., CVPR 2022), made of the same parts.
+"""Baselines from the same parts as PCAE: MAE (He et al., CVPR 2022) and SimMIM (Xie et al., CVPR 2022).
 
-Read each beside `model.PCAE`, which differs from them in what it predicts, and where:
+They differ from `model.PCAE` in input, predicted patches, target and decoder:
 
-            encoder sees                     predicts, at            target                 decoder
-    SimMIM  all patches, masked ones blank   all masked patches      pixels                 a linear layer
-    MAE     visible patches                  all masked patches      normalised pixels      blocks over all patches
-    PCAE    visible patches                  what its teacher keeps  the teacher's latents  blocks over those it needs
+            encoder input                    predicted patches       target                 decoder
+    SimMIM  all patches, masked ones blank   all masked              pixels                 a linear layer
+    MAE     visible patches                  all masked              normalised pixels      blocks on all patches
+    PCAE    visible patches                  retained                the teacher's latents  blocks on visible, retained
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from ptr import gather_tokens
 
 
 class PixelOutput(NamedTuple):
-    """The loss, and what it was made of, to look at. V visible and M masked patches of P = C p p numbers."""
+    """Loss and the tensors it is computed from: V visible and M masked patches of P = C p p numbers."""
 
     loss: Tensor  # scalar
     visible: Tensor  # (B, V) patch ids
@@ -29,11 +29,11 @@ class PixelOutput(NamedTuple):
 
 
 class MAE(nn.Module):
-    """Masked autoencoder: encode the visible patches, decode all of them, compare the pixels of the masked ones.
+    """Masked autoencoder: encode the visible patches, decode all patches, predict the pixels of the masked ones.
 
-    Its authors' decoder for ImageNet is 8 blocks of width 512. They divide by the deviation with n - 1, here it is that
-    of n numbers, as in PCAE's target: with patches of 16 pixels a factor of 1.0007. Raises ValueError where sizes do
-    not fit together.
+    Its authors' decoder for ImageNet has 8 blocks of width 512. They divide by the standard deviation of n - 1 numbers.
+    Here it is that of n numbers, as in PCAE's target: a factor of 1.0007 for patches of 16 pixels. Raises ValueError if
+    sizes do not fit together.
     """
 
     def __init__(
@@ -54,26 +54,26 @@ class MAE(nn.Module):
         self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, num_pixels)
 
     def describe(self) -> str:
-        """What is encoded, in words."""
+        """Describe in one line how many tokens are encoded."""
         return f"student: {self.num_visible} visible + class token; decoder: all {self.student.num_patches}"
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> PixelOutput:
-        """Images (B, C, H, W), normalised; `noise` (B, N) decides the split, as in `PCAE`."""
+        """Compute the loss of normalised images (B, C, H, W); `noise` (B, N) decides the split, as in `PCAE`."""
         if noise is None:
             noise = torch.rand(len(images), self.student.num_patches, device=images.device)
         visible, masked = split_patches(noise, self.mask_ratio)
         latent = self.student(images, visible).tokens
         prediction = self.decoder(latent, visible, masked).float()
         pixels = gather_tokens(patchify(images.float(), self.patch_size), masked)
-        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-6)  # each patch with mean 0 and deviation 1
+        target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-6)  # per patch: mean 0, standard deviation 1
         return PixelOutput(F.mse_loss(prediction, target), visible, masked, prediction, target)
 
 
 class SimMIM(nn.Module):
-    """Simple masked image modelling: blank out the masked patches, encode all, read their pixels off linearly.
+    """Simple masked image modelling: blank out the masked patches, encode all, predict the masked pixels linearly.
 
-    Its authors mask 60 % of the image in squares of 32 pixels; here it is 75 % of the single patches, as in the other
-    methods. Raises ValueError where the mask ratio leaves nothing to see or to predict.
+    Its authors mask 60 % of the image in squares of 32 pixels. Here 75 % of the single patches are masked, as in the
+    other methods. Raises ValueError for an invalid mask ratio.
     """
 
     def __init__(self, student: ViT, *, mask_ratio: float = 0.75):
@@ -85,12 +85,12 @@ class SimMIM(nn.Module):
         self.decoder = PixelHead(student.dim, student.arguments["channels"] * self.patch_size**2)
 
     def describe(self) -> str:
-        """What is encoded, in words."""
+        """Describe in one line how many tokens are encoded."""
         masked = self.student.num_patches - self.num_visible
         return f"student: {self.num_visible} visible + {masked} mask tokens + class token"
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> PixelOutput:
-        """Images (B, C, H, W), normalised; `noise` (B, N) decides the split, as in `PCAE`."""
+        """Compute the loss of normalised images (B, C, H, W); `noise` (B, N) decides the split, as in `PCAE`."""
         if noise is None:
             noise = torch.rand(len(images), self.student.num_patches, device=images.device)
         visible, masked = split_patches(noise, self.mask_ratio)
@@ -100,14 +100,14 @@ class SimMIM(nn.Module):
         return PixelOutput(F.l1_loss(prediction, target), visible, masked, prediction, target)
 
     def encode(self, images: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """Latents (B, 1 + V + M, D): class token, visible patches, then a mask token at each masked position."""
+        """Return latents (B, 1 + V + M, D): class token, visible patches, then a mask token at each masked position."""
         seen = self.student.embed(images, visible, class_token=True)
         blank = self.decoder.mask_token + self.student.pos_embed[0, 1:][masked]
         return self.student.encode(torch.cat([seen, blank], dim=1), torch.cat([visible, masked], dim=1)).tokens
 
 
 class PixelHead(nn.Module):
-    """What SimMIM adds to its encoder and throws away after pre-training: the encoder's mask token, a linear layer."""
+    """The parts of SimMIM that are discarded after pre-training: the mask token of its encoder, and a linear layer."""
 
     def __init__(self, dim: int, num_pixels: int):
         super().__init__()

@@ -1,8 +1,8 @@
-"""The networks, from the method down to its parts: `PCAE`, its decoder, the ViT encoder, the classifier.
+"""Networks, from the method down to its parts: `PCAE`, decoder, ViT encoder, classifier.
 
-`PCAE.forward` is the method (panel a of the poster); `Classifier` is what fine-tuning trains (panel b). Shapes: B
-images, N patches, n tokens of a sequence, D width. Encoder parameters carry timm's names, so public ViT weights load
-without a mapping (`weights.py`) and ours load into timm.
+`PCAE.forward` is the method (panel a of the poster). `Classifier` is the network that fine-tuning trains (panel b).
+Shapes: B images, N patches per image, n tokens in a sequence, width D. Encoder parameters have timm's names, so public
+ViT weights load without a mapping (`weights.py`), and our weights load into timm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchvision.ops import StochasticDepth
 
 from ptr import PTR, drop_tokens, gather_tokens, num_kept, token_counts
 
-# vit_mini is ours, for laptops; the others are the usual sizes. vit_huge is meant for patches of 14 pixels.
+# vit_mini is ours, for laptops. The others are the usual sizes; vit_huge is meant for patches of 14 pixels.
 MODELS = {
     "vit_mini": dict(dim=64, depth=4, heads=4),
     "vit_tiny": dict(dim=192, depth=12, heads=3),
@@ -32,27 +32,27 @@ MODELS = {
 
 NO_PTR = PTR()  # drops nothing
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of pixels between 0 and 1
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of RGB pixels in [0, 1]
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # --- the method -------------------------------------------------------------------------------------------------------
 
 
 class PCAEOutput(NamedTuple):
-    """The loss, and what it was made of, to look at. V visible patches, R retained by the teacher."""
+    """Loss and the tensors it is computed from: V visible patches, R patches retained by the teacher."""
 
     loss: Tensor  # scalar
-    visible: Tensor  # (B, V) patch ids the student saw
-    masked: Tensor  # (B, N - V) patch ids the teacher saw
-    retained: Tensor  # (B, R) patch ids that PTR left
+    visible: Tensor  # (B, V) patch ids that the student encodes
+    masked: Tensor  # (B, N - V) patch ids that the teacher encodes
+    retained: Tensor  # (B, R) patch ids that the last PTR stage keeps
     prediction: Tensor  # (B, R, D)
     target: Tensor  # (B, R, D)
 
 
 class PCAE(nn.Module):
-    """Progressively Compressed Auto-Encoder. `student` is what you keep; `teacher` is its moving average.
+    """Progressively Compressed Auto-Encoder. `student` is kept after pre-training; `teacher` is its moving average.
 
-    Raises ValueError where the ratios, stages and sizes do not fit together.
+    Raises ValueError if ratios, stages and sizes do not fit together.
     """
 
     def __init__(
@@ -74,20 +74,20 @@ class PCAE(nn.Module):
         self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, student.dim)
 
     def describe(self) -> str:
-        """What is encoded, in words."""
+        """Describe in one line how many tokens are encoded."""
         teacher = " ".join(map(str, self.token_counts))
         return f"student: {self.num_visible} visible + class token; teacher: {teacher}"
 
     def train(self, mode: bool = True) -> PCAE:
-        """As usual, but the teacher always stays in evaluation mode: its targets know no drop path."""
+        """Set the mode of student and decoder. The teacher stays in evaluation mode: targets without drop path."""
         super().train(mode)
         self.teacher.eval()
         return self
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> PCAEOutput:
-        """Images (B, C, H, W), normalised. `noise` (B, N) decides the split; by default it is drawn uniformly.
+        """Compute the loss of normalised images (B, C, H, W). `noise` (B, N), by default uniform, decides the split.
 
-        The same noise gives the same result, unless drop path or the `random` criterion draw from torch's generator.
+        The same noise gives the same result, unless drop path or the `random` criterion draws from torch's generator.
         """
         if noise is None:
             noise = torch.rand(len(images), self.student.num_patches, device=images.device)
@@ -99,32 +99,32 @@ class PCAE(nn.Module):
 
     @torch.no_grad()
     def forward_teacher(self, images: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised latents (B, R, D) of the masked patches that PTR retains, and their patch ids (B, R)."""
+        """Return normalised latents (B, R, D) of the masked patches that PTR retains, and their patch ids (B, R)."""
         latent, retained, _ = self.teacher(images, masked, class_token=False, ptr=self.ptr)
         return F.layer_norm(latent.float(), latent.shape[-1:]), retained
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """teacher = momentum * teacher + (1 - momentum) * student, once after each optimizer step.
+        """Set teacher = momentum * teacher + (1 - momentum) * student; called once after each optimizer step.
 
-        By lerp, which leaves equal weights equal; a product and a sum would let the fixed positions drift.
+        `lerp` leaves equal weights equal. A product and a sum would let the fixed positions drift.
         """
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1 - momentum)
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """How many of the patches stay visible: floor(N (1 - mask_ratio)). ValueError if all or none of them are."""
+    """Return the number of visible patches, floor(N (1 - mask_ratio)). ValueError unless in 1 to N - 1."""
     num_visible = num_kept(num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
     if not 0 < num_visible < num_patches:
         raise ValueError(
-            f"the mask ratio {mask_ratio:g} must be in [0, 1) and leave at least one of the "
+            f"invalid mask ratio {mask_ratio:g}: expected a value in [0, 1) with at least one of the "
             f"{num_patches} patches visible and one masked"
         )
     return num_visible
 
 
 def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
-    """Split the patches at random by `noise` (B, N): the floor(N (1 - mask_ratio)) smallest are visible.
+    """Split the patches by `noise` (B, N): the floor(N (1 - mask_ratio)) with the smallest noise are visible.
 
     Returns patch ids: visible (B, V), masked (B, N - V).
     """
@@ -134,7 +134,7 @@ def split_patches(noise: Tensor, mask_ratio: float) -> tuple[Tensor, Tensor]:
 
 
 def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - mean cosine similarity over tokens (B, R, D), in float32: 0 is perfect, about 1 is the start."""
+    """Return 1 - mean cosine similarity over tokens (B, R, D), in float32: about 1 before training, 0 if perfect."""
     return 1 - F.cosine_similarity(prediction.float(), target.float(), dim=-1).mean()
 
 
@@ -142,12 +142,12 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Predicts the teacher's output at asked positions from the student's tokens: a few narrow blocks."""
+    """A few narrow blocks that predict `out_dim` numbers at queried positions from the student's tokens."""
 
     def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"the decoder's width {dim} is not a multiple of its {heads} attention heads")
+            raise ValueError(f"the decoder width {dim} is not a multiple of the number of its attention heads, {heads}")
         self.embed = nn.Linear(encoder_dim, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(sincos_position_embedding(dim, grid), requires_grad=False)
@@ -158,7 +158,7 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
-        """Tokens (B, 1 + V, D) of class and patches `visible` (B, V) -> predictions (B, Q, out_dim) at `queried`."""
+        """Predict (B, Q, out_dim) at patches `queried` (B, Q) from class token and `visible` patches (B, 1 + V, D)."""
         cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
         masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
@@ -172,9 +172,9 @@ class Decoder(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """What an encoder returns: normalised tokens, and the patch (row-major) that each patch token is of.
+    """Output of an encoder: normalised tokens, and the row-major patch index of each patch token.
 
-    `tapped` holds the tokens after chosen blocks, before PTR drops some of them, and the patches these are of.
+    `tapped` holds tokens and patch ids after the blocks in `taps`, before PTR drops tokens there.
     """
 
     tokens: Tensor  # (B, [1 +] n, D)
@@ -183,7 +183,7 @@ class Encoded(NamedTuple):
 
 
 class ViT(nn.Module):
-    """Vision transformer on any subset of an image's patches, with or without its class token, with or without PTR."""
+    """Vision transformer that encodes any subset of the patches, with or without class token, with or without PTR."""
 
     def __init__(
         self,
@@ -201,10 +201,10 @@ class ViT(nn.Module):
     ):
         super().__init__()
         if dim < 1 or heads < 1 or dim % heads:
-            raise ValueError(f"the width {dim} is not a multiple of the {heads} attention heads")
+            raise ValueError(f"the width {dim} is not a multiple of the number of attention heads, {heads}")
         sizes = dict(dim=dim, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
         pixels = dict(image_size=tuple(image_size), patch_size=patch_size, channels=channels)
-        statistics = dict(mean=tuple(mean), std=tuple(std))  # of the pixels it expects (`data.Normalize`)
+        statistics = dict(mean=tuple(mean), std=tuple(std))  # of its input pixels (`data.Normalize`)
         self.arguments = pixels | sizes | statistics
         self.image_size = tuple(image_size)
         self.grid = grid_size(image_size, patch_size)
@@ -220,14 +220,14 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def describe(self) -> str:
-        """Its size in words."""
+        """Describe the size in words."""
         parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         return f"{parameters:.1f} M parameters, {self.num_patches} patches"
 
     def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
-        """Patches + positions, the class token first: (B, C, H, W), (B, n) -> (B, [1 +] n, D)."""
+        """Embed patches and add positions, class token first: (B, C, H, W), ids (B, n) -> (B, [1 +] n, D)."""
         if images.shape[-2:] != self.image_size:
-            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels given to a ViT made for {self.image_size}")
+            raise ValueError(f"expected images of {self.image_size} pixels, got {tuple(images.shape[-2:])}")
         x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]
         if class_token:
             cls = self.cls_token + self.pos_embed[:, :1]
@@ -243,7 +243,7 @@ class ViT(nn.Module):
         ptr: PTR = NO_PTR,
         taps: Collection[int] = (),
     ) -> Encoded:
-        """Encode patches `patch_ids` (B, n) (default: all) of images (B, C, H, W), dropping tokens as `ptr` says."""
+        """Encode patches `patch_ids` (B, n; default: all) of images (B, C, H, W), with PTR; also return `taps`."""
         if patch_ids is None:
             patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         x = self.embed(images, patch_ids, class_token)
@@ -259,7 +259,7 @@ class ViT(nn.Module):
         taps: Collection[int] = (),
         grid: tuple[int, int] | None = None,
     ) -> Encoded:
-        """Run the blocks on tokens (B, num_prefix + n, D) of patches `patch_ids` (B, n) of `grid`."""
+        """Run the blocks on tokens (B, num_prefix + n, D) of patches `patch_ids` (B, n) of `grid` (default: own)."""
         tapped = {}
         for i, block in enumerate(self.blocks):
             x = block(x, self.attention_bias(block, patch_ids, num_prefix, grid or self.grid))
@@ -271,11 +271,11 @@ class ViT(nn.Module):
         return Encoded(self.norm(x), patch_ids, tapped)
 
     def attention_bias(self, block: Block, patch_ids: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tensor | None:
-        """What to add to a block's attention scores: nothing here; in BEiT, what depends on the distance of patches."""
+        """Return the term added to the attention scores of a block: None here; relative positions in BEiT."""
 
 
 def pool(tokens: Tensor, by: str = "mean") -> Tensor:
-    """One vector (B, D) for an image from its tokens (B, 1 + n, D): the `mean` of its patches, or its `class` token."""
+    """Pool tokens (B, 1 + n, D) to one vector per image (B, D): `mean` of the patch tokens, or the `class` token."""
     return tokens[:, 1:].mean(dim=1) if by == "mean" else tokens[:, 0]
 
 
@@ -283,15 +283,15 @@ def pool(tokens: Tensor, by: str = "mean") -> Tensor:
 
 
 class Classifier(nn.Module):
-    """A ViT over whole images with a linear head on one pooled vector; PTR spares the class token (panel b).
+    """A ViT on whole images with a linear head on one pooled vector. PTR never drops the class token (panel b).
 
-    Where the layers of norm are, in timm's names:
-        pool="mean"   the mean of the patch tokens that PTR left, then `fc_norm` (the paper, MAE)
-        pool="class"  the encoder's `norm`, then the class token (DeiT)
-        frozen=True   the encoder's `norm`, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
-    MAE's probe standardises by BatchNorm over each batch. Here the statistics are those of all training images, which
-    finetune.py computes once: the encoder is frozen, so they never change.
-    `encoder` becomes a part of it: its positions become trainable, or if `frozen` nothing of it is.
+    Order of the layers before the head, in timm's names:
+        pool="mean"   mean of the retained patch tokens, then `fc_norm` (the paper, MAE)
+        pool="class"  `norm` of the encoder, then the class token (DeiT)
+        frozen=True   `norm` of the encoder, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
+    MAE's probe standardises each batch by BatchNorm. Here finetune.py computes the statistics of all training images
+    once, because the features of a frozen encoder never change.
+    Modifies `encoder` in place: all its parameters become trainable, or none if `frozen`.
     """
 
     def __init__(self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False):
@@ -306,11 +306,11 @@ class Classifier(nn.Module):
         else:
             self.fc_norm = nn.Identity()
         self.head = nn.Linear(encoder.dim, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: logits start at zero
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)  # as in MAE: logits start near zero
         nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> Classifier:
-        """As usual, but what is frozen stays in evaluation mode: no drop path, no statistics of single batches."""
+        """Set the mode. A frozen encoder and its `fc_norm` stay in evaluation mode, without drop path."""
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -318,11 +318,11 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
-        """Images (B, C, H, W), normalised -> logits (B, classes)."""
+        """Map normalised images (B, C, H, W) to logits (B, classes)."""
         return self.head(self.fc_norm(self.features(images, ptr)))
 
     def features(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
-        """Images (B, C, H, W), normalised -> pooled tokens (B, D)."""
+        """Map normalised images (B, C, H, W) to pooled tokens (B, D)."""
         return pool(self.encoder(images, ptr=ptr).tokens, self.pool)
 
 
@@ -330,21 +330,21 @@ class Classifier(nn.Module):
 
 
 def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches of an (H, W) image."""
+    """Return rows and columns of patches of an image (H, W)."""
     height, width = image_size
     if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
-        raise ValueError(f"the image size {height} x {width} is not a multiple of the patch size {patch_size}")
+        raise ValueError(f"the image size {height} x {width} is not a positive multiple of the patch size {patch_size}")
     return height // patch_size, width // patch_size
 
 
 def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine positions (1, 1 + rows * columns, dim): zeros for the class token, then row-major patches.
+    """Return 2-D sine-cosine positions (1, 1 + rows * columns, dim): zeros for the class token, then row-major patches.
 
     As in MAE: the first half of the channels encodes the column, the second the row, each as sin then cos of
     position / 10000^(k / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"the width {dim} is not a multiple of 4, as sine-cosine positions need")
+        raise ValueError(f"the width {dim} is not a multiple of 4, which sine-cosine positions need")
     rows, columns = (torch.arange(n, dtype=torch.float64) for n in grid)
     frequencies = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     y, x = torch.meshgrid(rows, columns, indexing="ij")
@@ -360,7 +360,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of square patches; a convolution's weights, applied only to the patches asked for."""
+    """Linear projection of square patches: a convolution's weights, applied only to the given patches."""
 
     def __init__(self, patch_size: int, channels: int, dim: int):
         super().__init__()
@@ -368,7 +368,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Tensor, patch_ids: Tensor | None = None) -> Tensor:
-        """(B, C, H, W), ids (B, n) or None for all -> (B, n, D). Gathering first saves the work on the others."""
+        """Project patches: (B, C, H, W), ids (B, n; None: all) -> (B, n, D). Other patches cost nothing."""
         patches = patchify(images, self.patch_size)
         if patch_ids is not None:
             patches = gather_tokens(patches, patch_ids)
@@ -401,7 +401,7 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)), each branch under drop path.
 
-    `bias` (B, heads, n, n) is added to the scores of attention (see `ViT.attention_bias`).
+    `bias` (B, heads, n, n) is added to the attention scores (see `ViT.attention_bias`).
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float = 4.0, drop_path: float = 0.0):
@@ -418,7 +418,7 @@ class Block(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """As in MAE: Xavier-uniform projections, of which the patch convolution is one; all biases zero."""
+    """Initialise a linear layer, or the patch convolution as one, as in MAE: Xavier-uniform weights, zero biases."""
     if isinstance(module, nn.Linear | nn.Conv2d):
         nn.init.xavier_uniform_(module.weight.data.flatten(1))
         nn.init.zeros_(module.bias)

@@ -1,6 +1,6 @@
-"""PTR, progressive token reduction (panel c of the poster): drop the tokens that say what the others already say.
+"""PTR, progressive token reduction (panel c of the poster): drop the most redundant tokens.
 
-Pure functions of tensors. Nothing here knows a model, so any transformer can use it:
+Pure functions of tensors, independent of the model, so any transformer can use them:
 
     ptr = PTR(blocks=drop_blocks(depth=12, stages=3), drop_ratio=0.5)   # after blocks 0, 4, 8
     for i, block in enumerate(blocks):
@@ -8,8 +8,8 @@ Pure functions of tensors. Nothing here knows a model, so any transformer can us
         if i in ptr.blocks:
             x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=1)
 
-Words used throughout: *kept* are the tokens that stay, *dropped* the ones that leave; a *prefix* is the tokens at
-the start of the sequence (the class token) that are neither scored, nor dropped, nor part of the mean.
+One stage *keeps* some tokens and *drops* the others. The *prefix* is the tokens at the start of the sequence (the
+class token) that are neither scored, nor dropped, nor part of the mean.
 """
 
 import argparse
@@ -24,28 +24,27 @@ from torch import Tensor
 
 
 def redundancy(x: Tensor) -> Tensor:
-    """Each token's mean cosine similarity to all tokens: (B, N, D) -> (B, N), in float32.
+    """Return each token's mean cosine similarity to all tokens: (B, N, D) -> (B, N), in float32.
 
-    mean_j cos(x_i, x_j) = u_i . mean_j(u_j) with u = x / |x|, so N dot products do instead of N^2.
-    Half precision would tie scores at the cut, hence float32; and a product-and-sum instead of a matrix product,
-    because autocast would run the latter in half precision again.
+    mean_j cos(x_i, x_j) = u_i . mean_j(u_j) with u = x / |x|, so N dot products replace N^2. In half precision,
+    scores at the cut would tie. Autocast runs matrix products in half precision, hence a product and a sum.
     """
     u = F.normalize(x.float(), dim=-1)
     return (u * u.mean(dim=1, keepdim=True)).sum(dim=-1)
 
 
-# Scores (B, N) of tokens (B, N, D) by name; the lowest stay. A new criterion is a new line.
+# Scores (B, N) of tokens (B, N, D), by name; the lowest are kept. A new criterion is a new line.
 CRITERIA = {
     "similarity": redundancy,  # drop the most redundant: the paper
-    "random": lambda x: torch.rand(x.shape[:2], device=x.device),  # drop any: the ablation
-    "reverse": lambda x: -redundancy(x),  # drop the least redundant: the control that should hurt
+    "random": lambda x: torch.rand(x.shape[:2], device=x.device),  # drop at random: the ablation
+    "reverse": lambda x: -redundancy(x),  # drop the least redundant: a control that should be worse
 }
 PLACEMENTS = ("start", "late", "front")
 
 
 @dataclass(frozen=True)
 class PTR:
-    """Where and how much to drop: `drop_ratio` of the tokens after each of `blocks` (0-based). By default nothing."""
+    """Schedule: drop the fraction `drop_ratio` of tokens after each of `blocks` (0-based). The default drops none."""
 
     blocks: tuple[int, ...] = ()
     drop_ratio: float = 0.0
@@ -55,20 +54,20 @@ class PTR:
         if not 0 <= self.drop_ratio < 1:
             raise ValueError(f"the drop ratio must be in [0, 1), got {self.drop_ratio}")
         if len(set(self.blocks)) != len(self.blocks) or min(self.blocks, default=0) < 0:
-            raise ValueError(f"the blocks to drop after must be distinct and not negative, got {list(self.blocks)}")
+            raise ValueError(f"the blocks to drop after must be distinct and at least 0, got {list(self.blocks)}")
 
 
 def num_kept(num_tokens: int, ratio: float) -> int:
-    """How many of `num_tokens` stay when `ratio` of them go: floor(n (1 - ratio)).
+    """Return the number of tokens kept at a drop ratio: floor(n (1 - ratio)).
 
-    The small constant guards the floor against float error: 100 * (1 - .9) is 9.999999999999998.
+    The small constant guards the floor against rounding: 100 * (1 - 0.9) is 9.999999999999998.
     """
     return math.floor(num_tokens * (1 - ratio) + 1e-6)
 
 
 @torch.no_grad()
 def select_tokens(x: Tensor, k: int, criterion: str = "similarity") -> Tensor:
-    """Indices (B, k) of the `k` tokens of (B, N, D) to keep, ascending, so that k = N is the identity."""
+    """Return indices (B, k) of the `k` tokens of (B, N, D) to keep, ascending, so that k = N is the identity."""
     kept = CRITERIA[criterion](x).topk(k, dim=1, largest=False, sorted=False).indices
     return kept.sort(dim=1).values
 
@@ -79,14 +78,14 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def scatter_tokens(x: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Put tokens back into their places, what `gather_tokens` undoes: (B, N, D), (B, k, D), (B, k) -> (B, N, D)."""
+    """Write tokens back to their places, the inverse of gathering: (B, N, D), (B, k, D), (B, k) -> (B, N, D)."""
     return x.scatter(1, ids.unsqueeze(-1).expand_as(tokens), tokens.to(x.dtype))
 
 
 def drop_tokens(
     x: Tensor, drop_ratio: float, num_prefix: int = 0, criterion: str = "similarity"
 ) -> tuple[Tensor, Tensor]:
-    """One PTR stage. The first `num_prefix` tokens are protected.
+    """Apply one PTR stage to tokens (B, num_prefix + N, D). The first `num_prefix` are protected.
 
     Returns the kept tokens (B, num_prefix + k, D) and their indices (B, k), counted without the prefix.
     """
@@ -96,15 +95,15 @@ def drop_tokens(
 
 
 def drop_blocks(depth: int, stages: int, at: str = "start") -> tuple[int, ...]:
-    """The blocks (0-based) after which tokens are dropped.
+    """Return the blocks (0-based) after which tokens are dropped. ValueError for invalid arguments.
 
     `start`: the first block of each of `stages` equal parts, floor(i L / S): 0, 4, 8 for L = 12, S = 3 (the paper's).
     `late`: the last block of each part: 3, 7, 11. `front`: the first blocks: 0, 1, 2.
     """
     if at not in PLACEMENTS:
-        raise ValueError(f"tokens are dropped at {', '.join(PLACEMENTS)}, not at {at!r}")
+        raise ValueError(f"invalid placement {at!r}: expected one of {', '.join(PLACEMENTS)}")
     if not 0 <= stages <= depth:
-        raise ValueError(f"the number of drop stages must be between 0 and the {depth} blocks, got {stages}")
+        raise ValueError(f"the number of drop stages must be between 0 and {depth}, the number of blocks, got {stages}")
     if at == "front":
         return tuple(range(stages))
     if at == "late":
@@ -113,39 +112,39 @@ def drop_blocks(depth: int, stages: int, at: str = "start") -> tuple[int, ...]:
 
 
 def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
-    """Tokens entering each block, then those that leave the last: `depth + 1` numbers (no prefix counted).
+    """Return how many tokens enter each block, then how many are retained: `depth + 1` numbers, without the prefix.
 
-    Raises ValueError where the schedule names a block that is not there or would leave no token.
+    Raises ValueError if the schedule names a block that does not exist or drops all tokens.
     """
     if max(ptr.blocks, default=-1) >= depth:
-        raise ValueError(f"cannot drop after blocks {list(ptr.blocks)} (0-based) of a model of {depth} blocks")
+        raise ValueError(f"cannot drop after blocks {list(ptr.blocks)} (0-based): the encoder has {depth} blocks")
     counts = [num_tokens]
     for i in range(depth):
         counts.append(num_kept(counts[-1], ptr.drop_ratio) if i in ptr.blocks else counts[-1])
     if counts[-1] < 1:
         raise ValueError(
-            f"a drop ratio of {ptr.drop_ratio:g} after blocks {list(ptr.blocks)} leaves none of {num_tokens} tokens"
+            f"a drop ratio of {ptr.drop_ratio:g} after blocks {list(ptr.blocks)} drops all {num_tokens} tokens"
         )
     return counts
 
 
 # --- on the command line ----------------------------------------------------------------------------------------------
 
-# Groups of flags that a checkpoint also records; those of a group are taken together.
+# Groups of flags that a checkpoint also records. One given flag overrides the checkpoint for its whole group.
 FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop_ratio",))
 
 
 def add_flags(add: Callable[..., Any]) -> None:
-    """The flags about where tokens are dropped, and which; `--drop-ratio` is each script's own."""
-    at = "the block of each stage to drop after: its first (start), its last (late), or the first blocks of all (front)"
-    add("--drop-stages", type=int, default=3, help="number of stages that drop tokens")
+    """Add the flags about where and which tokens are dropped. Each script adds its own `--drop-ratio`."""
+    at = "drop after the first block of each stage (start), after its last (late), or after the first blocks (front)"
+    add("--drop-stages", type=int, default=3, help="number of PTR stages")
     add("--drop-at", default="start", choices=PLACEMENTS, help=at)
-    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="drop after these blocks instead (0-based)")
-    add("--criterion", default="similarity", choices=CRITERIA, help="which tokens to drop (ptr.CRITERIA)")
+    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="0-based blocks to drop after; replaces --drop-at")
+    add("--criterion", default="similarity", choices=CRITERIA, help="score that decides what to drop (ptr.CRITERIA)")
 
 
 def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:
-    """PTR as these flags say, at this ratio, in `depth` blocks. Raises ValueError where they do not fit."""
+    """Build the schedule that the flags describe, for `depth` blocks. Raises ValueError if they do not fit."""
     if not drop_ratio:
         return PTR()
     blocks = args.drop_blocks
