@@ -1,8 +1,8 @@
-"""Detection and instance segmentation: a plain ViT under a feature pyramid and torchvision's Mask R-CNN.
+"""Detection and instance segmentation: a plain ViT with a feature pyramid and torchvision's Mask R-CNN.
 
-python detect.py                                             from runs/pretrain/last.pt, on built-in scenes
-python detect.py --init none                                 the same from scratch, to compare
-python detect.py --data coco --data-root DIR --recipe coco --init FILE    the poster's setting, FILE ours or public
+python detect.py                                             from runs/pretrain/last.pt, on synthetic scenes
+python detect.py --init none                                 the same from scratch, for comparison
+python detect.py --data coco --data-root DIR --recipe coco --init FILE    the poster's setting; FILE: ours or public
 python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with PTR: AP against speed
 """
 
@@ -35,7 +35,7 @@ from ptr import PTR
 from pyramid import STRIDES, LayerNorm2d, PyramidRoIAlign, ViTPyramid, has_learned_positions
 from util import metrics, profiling, runs, training
 
-# What `--recipe` sets; flags that are given win.
+# Settings of `--recipe`; flags on the command line override them.
 RECIPES = {
     "laptop": {},  # the defaults below
     "coco": dict(
@@ -60,45 +60,45 @@ RECIPES = {
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
-# What `--eval` takes from the checkpoint where no flag says otherwise: groups of settings.
+# Groups of settings that `--eval` takes from the checkpoint, unless a flag of the group is given.
 KEPT = [(name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")]
 KEPT += ptr.FLAG_GROUPS
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags."""
+    """Build the parser."""
     parser = runs.flag_parser(__doc__)
-    parser.add_argument("--eval", metavar="FILE", help="score a checkpoint of this script at each --drop-ratio instead")
+    parser.add_argument("--eval", metavar="FILE", help="only evaluate a checkpoint of this script at each --drop-ratio")
     runs.add_flags(parser, RECIPES, out="runs/detect", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument
-    sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder in its format"
+    sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder like COCO's"
     add("--data", default="shapes", help=sets)
-    add("--data-root", default="data", metavar="FOLDER", help="where coco lies and scenes are written")
-    add("--limit", type=int, metavar="N", help="use N images to train and N to score (default: all; shapes: 400, 100)")
-    add("--workers", type=int, help="processes that load data (default: one per core, at most 8)")
-    sides = "pixels of an image's shorter side: several to draw from in training; scored at the last"
+    add("--data-root", default="data", metavar="FOLDER", help="folder of coco and of the synthetic scenes")
+    add("--limit", type=int, metavar="N", help="use N images to train and N to test (default: all; shapes: 400, 100)")
+    add("--workers", type=int, help="processes that load data (default: one per core, up to 8)")
+    sides = "shorter side in pixels; of several, training draws one per image and evaluation uses the last"
     add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help=sides)
-    add("--long-side", type=int, default=160, help="maximum of the longer side, in pixels")
-    add("--crop-ratio", type=training.ratio, default=0.0, help="fraction of the training images to crop, as DETR does")
+    add("--long-side", type=int, default=160, help="maximum of the longer side in pixels")
+    add("--crop-ratio", type=training.ratio, default=0.0, help="fraction of the images to crop as in DETR (default: 0)")
     data.add_flip_flag(add)
 
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
-    add("--patch-size", type=int, default=4, help="pixels, a power of 2, for --init none")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth")
-    add("--channels", type=int, default=64, help="of the pyramid and the heads")
-    add("--anchor", type=int, default=16, help="pixels of the smallest anchors; each next level's are twice as large")
+    add("--patch-size", type=int, default=4, help="patch side in pixels, a power of 2, for --init none")
+    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth) (default: 0)")
+    add("--channels", type=int, default=64, help="channels of the pyramid and the heads")
+    add("--anchor", type=int, default=16, help="side of the smallest anchors in pixels; doubles from level to level")
     add("--rois", type=int, default=32, help="RoIs sampled per image in training")
-    add("--proposals", type=int, default=100, help="RPN proposals kept in scoring; twice as many in training")
+    add("--proposals", type=int, default=100, help="RPN proposals kept in evaluation; twice as many in training")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    ratios = "fraction of its patch tokens that each stage drops until the pyramid; several with --eval"
+    ratios = "fraction of the patch tokens that each PTR stage drops; several only with --eval"
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
     ptr.add_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
-    drawn = "drop path, sizes, RoIs, the random criterion"
+    drawn = "drop path, image sizes, RoIs, the random criterion"
     training.add_flags(add, epochs=12, batch_size=8, blr=3.2e-2, warmup="4 %% of the epochs", drawn=drawn)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
     return parser
@@ -110,7 +110,7 @@ def arguments() -> argparse.ArgumentParser:
 class Detector(MaskRCNN):
     """Mask R-CNN on a ViTPyramid: a proposal network, a box head of 4 convolutions + 1 linear layer, a mask head.
 
-    Images are lists of float (C, H, W) in [0, 1] of any sizes; it normalises, resizes and pads them itself.
+    Images are lists of float tensors (C, H, W) in [0, 1] of any sizes. The detector normalises, resizes and pads them.
     """
 
     def __init__(
@@ -151,10 +151,10 @@ class Detector(MaskRCNN):
     def forward(
         self, images: list[Tensor], targets: list[Target] | None = None, ptr: PTR = NO_PTR
     ) -> dict[str, Tensor] | list[Target]:
-        """In training the five losses, else the objects found in each image: boxes, labels, scores, masks (n, 1, H, W).
+        """Return five losses in training, else the boxes, labels, scores, masks (n, 1, H, W) found in each image.
 
-        As torchvision's, but the backbone is told each image's own size within the padded batch, and PTR. Autocast is
-        for the backbone: in half precision torchvision's heads would move anchors by pixels.
+        Unlike in torchvision, the backbone gets the size of each image within the padded batch, and PTR. Autocast is
+        for the backbone only: in half precision torchvision's heads would move anchors by pixels.
         """
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)
@@ -168,23 +168,23 @@ class Detector(MaskRCNN):
 
 
 def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
-    """The encoder of `--init`, or a new one. Raises ValueError."""
+    """Build the encoder of `--init`, or a new one. Raises ValueError if the file or the sizes do not fit."""
     if args.init == "none":
-        size = (16 * args.patch_size,) * 2  # any: positions are made for each image's own grid
+        size = (16 * args.patch_size,) * 2  # any size: positions are made for the grid of each image
         return ViT(size, args.patch_size, **MODELS[args.model], drop_path=args.drop_path)
     options = weights.told(args) | dict(weights=args.weights, drop_path=args.drop_path)
     return weights.load_encoder(runs.load(args.init), **options, log=print if is_main else weights.say_nothing)
 
 
 def build_detector(args: argparse.Namespace, encoder: ViT, num_classes: int, learned_positions: bool) -> Detector:
-    """The detector that the flags ask for. Raises ValueError where the encoder's patches do not fit."""
+    """Build the detector of the flags. Raises ValueError if the patch size is not a power of 2."""
     backbone = ViTPyramid(encoder, args.channels, learned_positions=learned_positions)
     options = {name: getattr(args, name) for name in ("short_side", "long_side", "anchor", "rois", "proposals")}
     return Detector(backbone, num_classes, **options)
 
 
 def reductions(args: argparse.Namespace, encoder: ViT) -> list[PTR]:
-    """PTR at each `--drop-ratio`. Raises ValueError where the smallest square image does not suit it."""
+    """Build PTR for each `--drop-ratio`. Raises ValueError if it drops all tokens of the smallest square image."""
     num_tokens, depth = (min(args.short_side) // encoder.arguments["patch_size"]) ** 2, len(encoder.blocks)
     found = [ptr.from_args(args, depth, drop_ratio) for drop_ratio in args.drop_ratio]
     for reduction in found:
@@ -193,25 +193,25 @@ def reductions(args: argparse.Namespace, encoder: ViT) -> list[PTR]:
 
 
 def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detector:
-    """The detector in a checkpoint of this script, as its settings in `args` say."""
+    """Build the detector of a checkpoint of this script, with the settings in `args`."""
     if "learned_positions" not in checkpoint:
-        raise SystemExit("error: this is no checkpoint of detect.py")
+        raise SystemExit("error: expected a checkpoint of detect.py, got another file")
     encoder = beit.build_encoder(checkpoint["encoder"], args.drop_path)
     model = build_detector(args, encoder, len(checkpoint["categories"]), checkpoint["learned_positions"])
     model.load_state_dict(checkpoint["model"])
     return model
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
-    """uint8 images, on the device and in [0, 1]."""
+    """Move uint8 images to the device, as float32 in [0, 1]."""
     return [image.to(device, non_blocking=True).float() / 255 for image in images]
 
 
 def scoring_loader(images: CocoDetection, channels: int, workers: int | None, world: training.World) -> DataLoader:
-    """Each image once, over all processes, and alone: what is found in it does not depend on others."""
+    """Build a loader of single images, each in one process: results do not depend on other images in a batch."""
     return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers=workers, world=world)
 
 
@@ -219,10 +219,10 @@ def scoring_loader(images: CocoDetection, channels: int, workers: int | None, wo
 def find_objects(
     model: Detector, loader: DataLoader, reduction: PTR, precision: str, world: training.World
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """What the model finds in each readable image, in COCO's format for results, and the ids of these images."""
+    """Return the objects found in all readable images, in COCO's result format, and the ids of these images."""
     model.eval()
     results, seen = [], []
-    for batch in tqdm(training.batches(loader), "scoring", len(loader), leave=False, disable=world.hides_bars):
+    for batch in tqdm(training.batches(loader), "evaluating", len(loader), leave=False, disable=world.hides_bars):
         images, targets, readable = coco.unpack(batch)
         if readable.all():
             with training.autocast(world.device, precision):
@@ -235,7 +235,7 @@ def find_objects(
 
 
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDetection, world: training.World) -> None:
-    """`--eval`: AP, work and speed of a detector at each drop ratio."""
+    """Print AP, MACs and speed of a detector at each drop ratio (`--eval`)."""
     model = load_detector(args, checkpoint).to(world.device).eval()
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
     encoder, side = model.backbone.encoder, args.short_side[-1]
@@ -244,7 +244,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     found = [find_objects(model, loader, reduction, args.precision, world) for reduction in ptrs]
     if not world.is_main:
         return
-    print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} of the images scored")
+    print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} images evaluated")
     images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
     whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
     speeds = profiling.speed_ups(whole, reduced, world.device)
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
-    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # these are the pyramid's
+    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # here: of the pyramid
     world = training.start_world(args.device)
 
     # 2. Data
@@ -289,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     training.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
         if checkpoint is not None:
-            model = load_detector(args, checkpoint)  # whose weights are those to go on from
+            model = load_detector(args, checkpoint)  # with its weights
         else:
             encoder = build_encoder(args, world.is_main)
             model = build_detector(args, encoder, len(train.categories), has_learned_positions(encoder))
@@ -313,32 +313,32 @@ def main(argv: list[str] | None = None) -> None:
     val_loader = scoring_loader(val, channels, args.workers, world)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
-        raise SystemExit(f"error: --batch-size {args.batch_size} is more than the {len(train)} images of --data")
+        raise SystemExit(f"error: --batch-size {args.batch_size} exceeds the {len(train)} images of --data")
     if args.dry_run:
         steps_per_epoch = min(2, steps_per_epoch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     milestones = [args.epochs * part * steps_per_epoch for part in (3 / 4, 11 / 12)]
     peak_lr = args.blr * args.batch_size / 256
 
-    # 5. Start, or go on from where the checkpoint was written
+    # 5. Start, or continue from the checkpoint
     step, first_epoch, history = 0, 0, []
     if checkpoint is not None:
         if checkpoint["num_images"] != len(train):
-            raise SystemExit(f"error: --data has {len(train)} images, {checkpoint['num_images']} in the run to resume")
+            raise SystemExit(f"error: --data has {len(train)} images, the resumed run had {checkpoint['num_images']}")
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
     run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
         backbone, whole = (sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.backbone, model))
         print(f"device  {world.describe()}")
-        print(f"data    {args.data}: {train.describe()}; to validate {val.describe()}")
-        print(f"model   ViT and pyramid of {backbone:.1f} M parameters, with the heads {whole:.1f} M")
+        print(f"data    {args.data}: {train.describe()}; validation: {val.describe()}")
+        print(f"model   {backbone:.1f} M parameters in ViT and pyramid, {whole:.1f} M with the heads")
         print(
             "steps  ", training.describe_steps(total_steps, args.batch_size, micro_batch, accumulate, args.blr, world)
         )
         print(f"to continue after an interruption: python detect.py --resume {args.out}/last.pt")
 
-    # 6. Train. Each draw is seeded by its place in the run, so resuming is exact.
+    # 6. Train. Generators are seeded per step, so resuming is exact.
     guard = training.StepGuard()
     bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=world.hides_bars, leave=False)
     for epoch in range(first_epoch, args.epochs):
@@ -350,7 +350,7 @@ def main(argv: list[str] | None = None) -> None:
             lr = training.warmup_milestones(step, peak=peak_lr, milestones=milestones, warmup=warmup_steps)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["lr_scale"]
-            training.seed_generators(world.device, args.seed, "step", step, world.rank)  # RoIs, sizes, drop path, ...
+            training.seed_generators(world.device, args.seed, "step", step, world.rank)  # RoIs, image sizes, drop path
 
             step_metrics = metrics.StepMetrics(accumulate)
             for i in range(accumulate):
@@ -378,7 +378,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix(loss=f"{steps[-1]['loss']:.3f}")
             training.check_readable(unreadable, seen=len(steps) * args.batch_size // world.size)
 
-        # 7. Score, log, save
+        # 7. Evaluate, log, save
         seconds = time.perf_counter() - start
         results, seen = find_objects(model, val_loader, reduction, args.precision, world)
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
@@ -395,9 +395,9 @@ def main(argv: list[str] | None = None) -> None:
             tqdm.write(runs.describe(row, "epoch", "loss", "box_ap", "mask_ap", "images_per_second"))
     bar.close()
 
-    # 8. Say how it went
+    # 8. Summary
     if world.is_main:
-        print(f"next, AP against speed: python detect.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3")
+        print(f"saved in {args.out}; next: python detect.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Evaluate a classifier at several drop ratios of PTR, or the frozen features of an encoder.
 
     python evaluate.py runs/finetune/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4        accuracy, MACs and speed
-    python evaluate.py runs/pretrain/last.pt --knn                                 k-NN and ridge-regression probe
+    python evaluate.py runs/pretrain/last.pt --knn                                 k-NN, ridge-regression probe
     python evaluate.py FILE --data FOLDER --pool class                             a public ViT with its head
 
-The k-NN vote is weighted as in DINO (temperature 0.07), but features are standardised, and by default those of the mean
-patch token (DINO's: --pool class).
+The k-NN vote is weighted as in DINO (temperature 0.07). Unlike DINO's, the features are standardised and, by default,
+the mean patch token (DINO: --pool class).
 """
 
 import argparse
@@ -24,31 +24,27 @@ from model import Classifier, ViT, pool
 from ptr import PTR
 from util import metrics, profiling, runs, training
 
-DATA = (("data",), ("data_root",))  # settings that are taken from the checkpoint where no flag is given
+DATA = (("data",), ("data_root",))  # settings of the checkpoint, unless a flag is given
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; what is None by default depends on the file."""
+    """Build the parser. Flags that are None by default depend on the file."""
     parser = runs.flag_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a checkpoint of finetune.py or pretrain.py, or a public ViT")
-    knn = "evaluate frozen features: vote of K (20) nearest neighbours, and ridge regression"
+    knn = "evaluate frozen features by k-NN (K, 20 if left out) and a ridge-regression probe"
     parser.add_argument("--knn", type=int, nargs="?", const=20, metavar="K", help=knn)
 
     add = parser.add_argument_group("data").add_argument
     data.add_flags(add)
-    order = (
-        "order of class folders that are numbers: by name (10 before 2) or by number, which a public file does not say"
-    )
+    order = "order of a public file's classes if the class folders are numbers: by name (10 before 2) or by number"
     add("--class-order", default="name", choices=("name", "number"), help=order)
 
     add = parser.add_argument_group("model").add_argument
     weights.add_file_flags(add)
-    add(
-        "--pool", choices=weights.POOLS, help="mean patch token or class token (default: as the file says; --knn: mean)"
-    )
+    add("--pool", choices=weights.POOLS, help="mean patch token or class token (default: the file's; with --knn: mean)")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    ratios = "fractions of its patch tokens that each stage drops, a row for each (default: the checkpoint's)"
+    ratios = "fractions of tokens that each stage drops, one row each; a classifier's own ratio replaces the default"
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
     ptr.add_flags(add)
 
@@ -59,9 +55,9 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size: tuple[int, int]) -> Dataset:
-    """The validation images, labelled as the classifier numbers its classes."""
+    """Return the validation images, labelled in the order of the classifier's classes."""
     options = dict(limit=args.limit, download=args.download)
-    known = checkpoint.get("classes")  # a public file's are taken to be the data's, in order
+    known = checkpoint.get("classes")  # None for a public file: assumed to be the data's, in order
     val = data.validation_images(args.data, args.data_root, size, **options, classes=known)
     if known is not None or not all(name.isdecimal() for name in val.classes):
         return val
@@ -70,7 +66,7 @@ def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size
         return data.validation_images(args.data, args.data_root, size, **options, classes=by_number)
     if by_number != val.classes:
         orders = [f"{', '.join(names[:3])}, ..." for names in (val.classes, by_number)]
-        print(f"warning: the classes are taken in the order {orders[0]} (--class-order number: {orders[1]})")
+        print(f"warning: assumed the class order {orders[0]} (with --class-order number: {orders[1]})")
     return val
 
 
@@ -91,7 +87,7 @@ def evaluate_classifier(
     images = torch.randn(min(args.batch_size, 64), args.channels, *encoder.image_size, device=world.device)
     whole, *reduced = [lambda ptr=ptr: model(images, ptr=ptr) for ptr in (PTR(), *reductions)]
     speeds = profiling.speed_ups(whole, reduced, world.device)
-    print(f"model   {encoder.describe()}, pooled by {model.pool}, on {world.device}; {len(labels):,} images scored")
+    print(f"model   {encoder.describe()}; {model.pool} pooling; on {world.device}; {len(labels):,} images evaluated")
     print(f"dropping after blocks {list(max((reduction.blocks for reduction in reductions), key=len))} (0-based)")
     print("  ratio  tokens    GMACs   top-1   top-5      speed-up")
     for reduction, row, (speed, noise) in zip(reductions, rows, speeds, strict=True):
@@ -104,7 +100,7 @@ def evaluate_classifier(
 def evaluate_features(
     encoder: ViT, loaders: list[DataLoader], reductions: list[PTR], args: argparse.Namespace, world: training.World
 ) -> None:
-    """Print the accuracy of k-NN and ridge regression on pooled tokens, fitted on the first loader's images."""
+    """Print accuracies of k-NN and ridge regression on pooled tokens. `loaders`: images to fit, images to test."""
     by, normalize = args.pool or "mean", data.normalize_for(encoder).to(world.device)
     for reduction in reductions:
 
@@ -115,8 +111,8 @@ def evaluate_features(
         if world.is_main:
             knn, ridge = metrics.knn_accuracy(*train, *val, k=args.knn), metrics.linear_accuracy(*train, *val)
             print(
-                f"top-1 {knn:.1%} by {args.knn} nearest neighbours, {ridge:.1%} by ridge regression: {by} token, "
-                f"drop ratio {reduction.drop_ratio:g}, {len(train[1]):,} images to fit, {len(val[1]):,} scored"
+                f"top-1 accuracy {knn:.1%} by k-NN (k = {args.knn}), {ridge:.1%} by ridge regression; {by} token, "
+                f"drop ratio {reduction.drop_ratio:g}, fitted on {len(train[1]):,}, tested on {len(val[1]):,} images"
             )
 
 
@@ -125,7 +121,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     first = parser.parse_args(argv)
     checkpoint = runs.load(first.file)
-    kept = DATA if first.knn else (*DATA, *ptr.FLAG_GROUPS)  # features are of all tokens unless a flag says otherwise
+    kept = DATA if first.knn else (*DATA, *ptr.FLAG_GROUPS)  # with --knn, PTR only if a flag is given
     args = runs.parse_with_checkpoint(parser, argv, checkpoint, kept)
     world = training.start_world(args.device)
 
@@ -138,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = weights.load_encoder(checkpoint, weights=args.weights, **options)
         encoder = model.encoder if args.knn is None else model
-        ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # one, of a checkpoint
+        ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # a checkpoint records one
         reductions = [ptr.from_args(args, len(encoder.blocks), ratio) for ratio in ratios]
         for reduction in reductions:
             ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)
@@ -146,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"error: {args.file}: {error}") from None
     model.to(world.device).eval()
 
-    # 3. Data and scores
+    # 3. Data, evaluation
     size, args.channels = encoder.image_size, encoder.arguments["channels"]
     scoring = dict(batch_size=args.batch_size, workers=args.workers, world=world)
     if args.knn is not None:
@@ -158,7 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     val = validation_images(args, checkpoint, size)
     if checkpoint.get("classes") not in (None, val.classes) or len(val.classes) != model.head.out_features:
         raise SystemExit(
-            f"error: {args.file} tells {model.head.out_features} classes apart, --data {args.data} has others"
+            f"error: {args.file} has {model.head.out_features} classes, which are not the classes of --data {args.data}"
         )
     print(f"data    {args.data}: {data.describe(val)}")
     evaluate_classifier(model, data.scoring_loader(val, size, args.channels, **scoring), reductions, args, world)

@@ -1,9 +1,9 @@
-"""Fine-tune a classifier (panel b of the poster), with PTR to make it faster.
+"""Fine-tune a classifier (panel b of the poster), with PTR if --drop-ratio is set.
 
-python finetune.py                                           from runs/pretrain/last.pt, on the built-in data
-python finetune.py --init none                               the same from scratch, to compare
+python finetune.py                                           from runs/pretrain/last.pt, on synthetic images
+python finetune.py --init none                               the same from scratch, for comparison
 python finetune.py --linear-probe                            frozen encoder, a linear layer on standardised features
-python finetune.py --data FOLDER --recipe imagenet --init FILE            MAE's recipe, FILE ours or a public ViT
+python finetune.py --data FOLDER --recipe imagenet --init FILE            MAE's recipe; FILE: ours or a public ViT
 """
 
 import argparse
@@ -27,7 +27,7 @@ import weights
 from model import MODELS, Classifier, ViT
 from util import metrics, runs, training
 
-# What `--recipe` sets, and with `--linear-probe`; flags that are given win.
+# Settings of `--recipe`, and with `--linear-probe` of PROBES; flags on the command line override them.
 RECIPES = {
     "laptop": {},  # the defaults below
     "imagenet": dict(
@@ -55,37 +55,37 @@ PROBES["imagenet"] = PROBES["laptop"] | dict(epochs=90, warmup_epochs=10.0, batc
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; what is None by default depends on the data, the encoder or other flags."""
+    """Build the parser. Flags that are None by default depend on the data, the encoder or other flags."""
     parser = runs.flag_parser(__doc__)
     runs.add_flags(parser, RECIPES, out="runs/finetune", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument
     data.add_flags(add)
     data.add_view_flags(add)
-    add("--label-fraction", type=training.ratio, default=1.0, help="use this fraction of each class")
+    add("--label-fraction", type=training.ratio, default=1.0, help="fraction of the labelled images to use, per class")
 
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
-    add("--patch-size", type=int, help="pixels, for --init none (default: 4 for small sets, 16 for a folder)")
-    add("--channels", type=int, choices=(1, 3), help="for --init none; 3: colour, 1: grey (default: what the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth")
-    add("--pool", default="mean", choices=weights.POOLS, help="the head sees the mean patch token, or the class token")
-    add("--linear-probe", action="store_true", help="train only a linear layer, on standardised features")
+    add("--patch-size", type=int, help="patch side in pixels, for --init none (default: 4; stl10: 8; a folder: 16)")
+    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey, for --init none (default: as the data are)")
+    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth) (default: 0)")
+    add("--pool", default="mean", choices=weights.POOLS, help="input of the head: mean patch token or class token")
+    add("--linear-probe", action="store_true", help="train only a linear layer on standardised features")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    add("--drop-ratio", type=float, default=0.0, help="fraction of its patch tokens that each stage drops")
+    add("--drop-ratio", type=float, default=0.0, help="fraction of tokens that each stage drops (default: 0)")
     ptr.add_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
     training.add_flags(add, epochs=10, batch_size=64, blr=4e-3, warmup="10 %% of the epochs", drawn=drawn)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
-    add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
+    add("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
     add("--smoothing", type=training.ratio, default=0.1, help="label smoothing")
-    add("--rand-augment", type=int, default=0, help="strength of RandAugment, 0 (none) to 10")
-    add("--erasing", type=training.ratio, default=0.0, help="probability that a rectangle of an image becomes noise")
-    add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: none. With CutMix one of the two for each batch")
-    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: none")
+    add("--rand-augment", type=int, default=0, help="strength of RandAugment, 1 to 10; 0: off (default)")
+    add("--erasing", type=training.ratio, default=0.0, help="probability of RandomErasing, with noise (default: 0)")
+    add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: off (default). With CutMix: one per micro-batch")
+    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off (default)")
     return parser
 
 
@@ -95,9 +95,9 @@ def build_encoder(
     checkpoint: dict[str, Any] | None = None,
     is_main: bool = True,
 ) -> ViT:
-    """The encoder of the run to resume, of `--init` (for images of its size or of `asked_size`), or a new one.
+    """Build the encoder of the run to resume, of `--init` (for images of its own size or `asked_size`), or a new one.
 
-    Raises ValueError.
+    Raises ValueError if the file or the sizes do not fit.
     """
     if checkpoint is not None:
         return beit.build_encoder(checkpoint["encoder"], args.drop_path)
@@ -110,7 +110,7 @@ def build_encoder(
 
 
 def mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
-    """MixUp, CutMix, or one of the two for each batch: images (B, C, H, W), labels (B,) -> mixed, (B, classes)."""
+    """Build MixUp, CutMix, or a random choice per call: images (B, C, H, W), labels (B,) -> images, (B, classes)."""
     kinds = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     return v2.RandomChoice(kinds) if kinds else None
@@ -122,12 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     recipes = PROBES if parser.parse_args(argv).linear_probe else RECIPES
     args, checkpoint = runs.parse(parser, recipes, argv, warmup_ratio=0.1, sets=data.SETS)
     weights.check_flags(runs.given(parser, argv), args.init)
-    asked_size = args.image_size  # if none, a file's own
+    asked_size = args.image_size  # None: the size in the file
     data.fill_in(args)
     world = training.start_world(args.device)
 
-    # 2. Model. What is recorded of the encoder is what is trained. A frozen encoder's features are alike in scale: the
-    # plainest optimizer will do for the head of a linear probe.
+    # 2. Model. The settings of the encoder are recorded as trained. A linear probe needs no more than SGD, because its
+    # standardised features have equal scales.
     training.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
         encoder = build_encoder(args, asked_size, checkpoint, world.is_main)
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
     forward = training.compiled(parallel) if args.compile else parallel
 
     # 3. Data
-    batch_size = min(args.batch_size, len(train) // world.size * world.size)  # few labels are few
+    batch_size = min(args.batch_size, len(train) // world.size * world.size)  # there may be few images
     micro_batch, accumulate = training.batch_sizes(batch_size, args.micro_batch, world)
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
@@ -171,11 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     peak_lr = args.blr * batch_size / 256
 
-    # 4. Start, or go on from where the checkpoint was written
+    # 4. Start, or continue from the checkpoint
     step, first_epoch, history = 0, 0, []
     if checkpoint is not None:
         if checkpoint["num_images"] != len(train):
-            raise SystemExit(f"error: --data has {len(train)} images, {checkpoint['num_images']} in the run to resume")
+            raise SystemExit(f"error: --data has {len(train)} images, the resumed run had {checkpoint['num_images']}")
         model.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         step, first_epoch, history = checkpoint["step"], checkpoint["epoch"], checkpoint["history"]
@@ -194,12 +194,12 @@ def main(argv: list[str] | None = None) -> None:
     run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
         print(f"device  {world.describe()}")
-        print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to validate")
-        print(f"model   {encoder.describe()}, pooled by {model.pool}; class token + {' '.join(map(str, counts))}")
+        print(f"data    {args.data}: {data.describe(train)}, {len(val):,} validation images")
+        print(f"model   {encoder.describe()}; {model.pool} pooling; class token + {' '.join(map(str, counts))}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
         print(f"to continue after an interruption: python finetune.py --resume {args.out}/last.pt")
 
-    # 5. Train. Each draw is seeded by its place in the run, so resuming is exact.
+    # 5. Train. Generators are seeded per step, so resuming is exact.
     guard = training.StepGuard()
     bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=world.hides_bars, leave=False)
     for epoch in range(first_epoch, args.epochs):
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix(loss=f"{steps[-1]['loss']:.3f}")
             training.check_readable(unreadable, seen=len(steps) * batch_size // world.size)
 
-        # 6. Score, log, save
+        # 6. Evaluate, log, save
         seconds = time.perf_counter() - start
         model.eval()
         logits, labels = metrics.predict(
@@ -258,13 +258,13 @@ def main(argv: list[str] | None = None) -> None:
             tqdm.write(runs.describe(row, "epoch", "loss", "val_loss", "top1", "top5", "images_per_second"))
     bar.close()
 
-    # 7. Say how it went
+    # 7. Summary
     if world.is_main:
         best = max(row["top1"] for row in history)
         print(
-            f"top-1 accuracy on {history[-1]['scored']:,} validation images {history[-1]['top1']:.1%}, best {best:.1%}"
+            f"top-1 accuracy on {history[-1]['scored']:,} validation images: {history[-1]['top1']:.1%}, best {best:.1%}"
         )
-        print(f"next, accuracy against speed: python evaluate.py {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
+        print(f"saved in {args.out}; next: python evaluate.py {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Pre-train a vision transformer with PCAE (panel a of the poster), or with MAE or SimMIM to compare.
+"""Pre-train a vision transformer with PCAE (panel a of the poster), or with MAE or SimMIM for comparison.
 
-python pretrain.py                                              built-in data, any laptop, two minutes
+python pretrain.py                                              synthetic images, two minutes on a laptop
 python pretrain.py --data FOLDER                                your images
 torchrun --nproc-per-node 8 pretrain.py --data FOLDER --recipe imagenet        the paper's run
-python pretrain.py --method mae --out runs/mae                  MAE in its place; or simmim
-python pretrain.py --resume                                     go on with the run in --out
+python pretrain.py --method mae --out runs/mae                  MAE instead; or simmim
+python pretrain.py --resume                                     continue the run in --out
 """
 
 import argparse
@@ -25,7 +25,7 @@ from baselines import MAE, SimMIM
 from model import MODELS, PCAE, ViT, pool
 from util import metrics, runs, training
 
-# What `--recipe` sets; flags that are given win.
+# Settings of `--recipe`; flags on the command line override them.
 RECIPES = {
     "laptop": {},  # the defaults below
     "imagenet": dict(
@@ -50,13 +50,13 @@ RECIPES = {
 # The decoder of MAE's authors, who train for 800 or 1600 epochs.
 RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
-# Flags that mean nothing to a method.
+# Flags that have no effect on a method, which rejects them.
 PCAE_ONLY = {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "ema"}
 MEANINGLESS = dict(pcae=set(), mae=PCAE_ONLY, simmim=PCAE_ONLY | {"decoder_dim", "decoder_depth", "decoder_heads"})
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; what is None by default depends on the data or on other flags."""
+    """Build the parser. Flags that are None by default depend on the data or on other flags."""
     parser = runs.flag_parser(__doc__)
     runs.add_flags(parser, RECIPES, out="runs/pretrain", files="args.json, metrics.jsonl, last.pt")
 
@@ -65,41 +65,41 @@ def arguments() -> argparse.ArgumentParser:
     data.add_view_flags(add)
 
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="vit_mini", choices=MODELS, help="encoder")
-    add("--patch-size", type=int, help="pixels (default: 4 for small sets, 16 for a folder; see data.SETS)")
-    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: what the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth of the student")
+    add("--model", default="vit_mini", choices=MODELS, help="size of the encoder")
+    add("--patch-size", type=int, help="patch side in pixels (default: 4; stl10: 8; a folder: 16)")
+    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: as the data are)")
+    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth), student (default: 0)")
     add("--decoder-dim", type=int, default=64, help="decoder width")
     add("--decoder-depth", type=int, default=1, help="decoder blocks")
-    add("--decoder-heads", type=int, default=4, help="decoder heads")
+    add("--decoder-heads", type=int, default=4, help="attention heads of the decoder")
 
     add = parser.add_argument_group("method").add_argument
     add(
         "--method",
         default="pcae",
         choices=MEANINGLESS,
-        help="pcae, or what to compare it with (--blr is tuned to pcae)",
+        help="pre-training method (the default --blr is tuned for pcae)",
     )
-    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that the student does not see")
-    add("--drop-ratio", type=float, default=0.5, help="fraction of its tokens that each stage drops (pcae)")
+    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
+    add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that each PTR stage drops (pcae)")
     ptr.add_flags(add)
-    add("--ema", type=training.ratio, help="first momentum of the teacher, rises to 1 (pcae; default: 1 - 30 / steps)")
+    add("--ema", type=training.ratio, help="teacher's EMA momentum, rises to 1 (pcae; default start: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, the random criterion"
     training.add_flags(add, epochs=20, batch_size=64, blr=8e-3, warmup="15 %% of the epochs", drawn=drawn)
-    add("--compile", action="store_true", help="torch.compile the model: a slow start, faster steps")
+    add("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
     add(
         "--knn-every",
         type=int,
         metavar="N",
-        help="evaluate features every N epochs (default: 5 for named sets, else 0)",
+        help="evaluate frozen features every N epochs; 0: never (default: 5 for named sets, 0 for a folder)",
     )
     return parser
 
 
 def build_model(args: argparse.Namespace) -> PCAE | MAE | SimMIM:
-    """The method's networks. Raises ValueError where sizes and ratios do not fit together."""
+    """Build the networks of the method. Raises ValueError if sizes and ratios do not fit together."""
     size = data.sides(args.image_size)
     student = ViT(size, args.patch_size, channels=args.channels, drop_path=args.drop_path, **MODELS[args.model])
     decoder = {name: getattr(args, name) for name in ("decoder_dim", "decoder_depth", "decoder_heads")}
@@ -112,7 +112,7 @@ def build_model(args: argparse.Namespace) -> PCAE | MAE | SimMIM:
 
 
 def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataLoader]:
-    """Labelled training images in two parts, to score features on: no choice made here has seen the validation set."""
+    """Build loaders of labelled training images, to fit and to test probes. The validation set stays unseen."""
     size, limit = data.sides(args.image_size), min(7000, args.limit or 7000)
     images = data.labelled_images(args.data, args.data_root, size, limit)
     order = torch.randperm(len(images), generator=training.generator("probe")).tolist()
@@ -125,7 +125,7 @@ def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataL
 def probe(
     encoder: ViT, loaders: list[DataLoader], normalize: nn.Module, args: argparse.Namespace, world: training.World
 ) -> dict[str, float]:
-    """Accuracies in [0, 1] of the frozen encoder's mean patch token: k-NN (k = 20) and ridge regression."""
+    """Return accuracies in [0, 1] on mean patch tokens: `knn` (k = 20) and `linear`, a ridge-regression probe."""
     encoder.eval()
 
     def features(images: Tensor) -> Tensor:
@@ -140,13 +140,13 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     parser = arguments()
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=0.15, sets=data.SETS)
-    runs.reject(runs.given(parser, argv) & MEANINGLESS[args.method], f"not a flag of --method {args.method}")
+    runs.reject(runs.given(parser, argv) & MEANINGLESS[args.method], f"not used by --method {args.method}, remove")
     data.fill_in(args)
     world = training.start_world(args.device)
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
 
-    # 2. Model: student and decoder are trained, the teacher follows. DDP averages their gradients over the processes.
-    training.seed_generators(torch.device("cpu"), args.seed, "weights")  # all processes begin with the same ones
+    # 2. Model. Student and decoder are trained, the teacher is updated by EMA. DDP averages gradients over processes.
+    training.seed_generators(torch.device("cpu"), args.seed, "weights")  # the same weights in all processes
     try:
         model = build_model(args).to(world.device)
     except ValueError as error:
@@ -167,18 +167,18 @@ def main(argv: list[str] | None = None) -> None:
     normalize = data.normalize_for(model.student).to(world.device)
     steps_per_epoch = len(loader) // accumulate
     if not steps_per_epoch:
-        raise SystemExit(f"error: --batch-size {args.batch_size} is more than the {len(images)} images of --data")
+        raise SystemExit(f"error: --batch-size {args.batch_size} exceeds the {len(images)} images of --data")
     first_momentum = training.start_momentum(args.epochs * steps_per_epoch) if args.ema is None else args.ema
     if args.dry_run:
         steps_per_epoch = min(2, steps_per_epoch)
     total_steps, warmup_steps = args.epochs * steps_per_epoch, args.warmup_epochs * steps_per_epoch
     peak_lr = args.blr * args.batch_size / 256
 
-    # 4. Start, or go on from where the checkpoint was written
+    # 4. Start, or continue from the checkpoint
     step, first_epoch, history = 0, 0, []
     if checkpoint is not None:
         if checkpoint["num_images"] != len(images):
-            raise SystemExit(f"error: --data has {len(images)} images, {checkpoint['num_images']} in the run to resume")
+            raise SystemExit(f"error: --data has {len(images)} images, the resumed run had {checkpoint['num_images']}")
         for name, part in model.named_children():  # student, decoder and, in PCAE, teacher
             part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"])
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"teacher momentum {first_momentum:.6g} at the start, 1 at the end")
         print(f"to continue after an interruption: python pretrain.py --resume {args.out}/last.pt")
 
-    # 5. Train. Each draw is seeded by its place in the run, so resuming is exact. The split's noise is drawn for the
-    # whole batch and dealt out as the images are, so it does not depend on the number of processes.
+    # 5. Train. Generators are seeded per step, so resuming is exact. The split's noise is drawn for the global batch
+    # and then sharded like the images, so it does not depend on the number of processes.
     guard = training.StepGuard()
     bar = tqdm(initial=step, total=total_steps, unit=" steps", disable=world.hides_bars, leave=False)
     for epoch in range(first_epoch, args.epochs):
@@ -243,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
             bar.set_postfix(loss=f"{steps[-1]['loss']:.3f}")
             training.check_readable(unreadable, seen=len(steps) * args.batch_size // world.size)
 
-        # 6. Log, score, save
+        # 6. Log, evaluate, save
         seconds = time.perf_counter() - start
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
         if args.method == "pcae":
@@ -263,10 +263,10 @@ def main(argv: list[str] | None = None) -> None:
                 tqdm.write(f"warning: {warning}")
     bar.close()
 
-    # 7. Say how it went
+    # 7. Summary
     if world.is_main:
         source = "" if args.data == "shapes" else f" --data {args.data} --data-root {args.data_root}"
-        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt{source}")
+        print(f"student saved in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt{source}")
 
 
 if __name__ == "__main__":

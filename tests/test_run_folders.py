@@ -209,7 +209,7 @@ def test_torchruns_variables_do_not_count_without_its_rank(tmp_path, left_over, 
     for name in TORCHRUN:
         left_over.delenv(name, raising=False)
     assert_same_run(with_them, train("pretrain", tmp_path / "without", **SETTINGS["pretrain"]))
-    assert "100 images to fit, 2,000 scored" in capsys.readouterr().out
+    assert "fitted on 100, tested on 2,000 images" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
