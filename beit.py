@@ -1,7 +1,7 @@
-"""BEiT's encoder: a ViT without absolute positions, whose attention knows how far apart two patches are.
+"""BEiT's encoder (Bao et al., ICLR 2022): a ViT with relative instead of absolute positions.
 
-Each block adds to the attention of token i to token j a number for each head, by row(i) - row(j) and column(i) -
-column(j) of their patches, from a table that is learned (Bao et al., BEiT, ICLR 2022). With a token PTR drops its bias.
+Each block has a learned table with one number per head and distance of two patches. The entry for (row(i) - row(j),
+column(i) - column(j)) is added to the attention score of token i for token j. Dropping a token also drops its entries.
 """
 
 import functools
@@ -17,15 +17,15 @@ from model import Block, ViT
 
 
 def num_distances(grid: tuple[int, int]) -> int:
-    """Rows of a table for a grid of patches: all differences of rows and of columns, and three for the class token."""
+    """Return the number of table rows for a grid: all pairs of row and column differences, 3 for the class token."""
     return (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3
 
 
 @functools.lru_cache(maxsize=4)
 def relative_index(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
-    """The table's row for each pair (query, key) of class token and patches, (1 + N, 1 + N), in BEiT's order.
+    """Return the table row of each pair (query, key) of class token and patches, (1 + N, 1 + N), in BEiT's order.
 
-    Differences of rows, then of columns, from the most negative on; class to patch, patch to class, class to class.
+    Rows: row difference, then column difference, ascending; class to patch, patch to class, class to class.
     """
     ids = torch.arange(math.prod(grid), device=device)
     row, column = ids // grid[1], ids % grid[1]
@@ -37,9 +37,9 @@ def relative_index(grid: tuple[int, int], device: torch.device | None = None) ->
 
 
 def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A table (distances, heads) of one grid of patches for another one, bicubic: the farthest stay the farthest.
+    """Resize a table (distances, heads) from one grid of patches to another, bicubic, with the ends aligned.
 
-    BEiT's authors interpolate on a grid that is finer near zero; sizes that are alike hardly differ.
+    BEiT's authors interpolate on a grid that is finer near zero. For similar sizes the difference is small.
     """
     if old == new:
         return table
@@ -50,7 +50,7 @@ def resize_table(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> T
 
 
 class BEiT(ViT):
-    """A ViT with a `relative_position_bias_table` (distances, heads) in each block and zeros for absolute positions."""
+    """ViT with a `relative_position_bias_table` (distances, heads) in each block and zeros as absolute positions."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -62,8 +62,8 @@ class BEiT(ViT):
             block.attn.relative_position_bias_table = nn.Parameter(table)
 
     def attention_bias(self, block: Block, patch_ids: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tensor:
-        """(B or 1, heads, num_prefix + n, num_prefix + n) of patches (B, n); for another grid the table is resized."""
-        alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # an expanded row: all images show the same
+        """Return the bias (B or 1, heads, num_prefix + n, same) of patches (B, n); the table is resized to `grid`."""
+        alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # stride 0: all images have the same patches
         tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, num_prefix + n); the class token is number 0
         index = relative_index(grid, patch_ids.device)[tokens[:, :, None], tokens[:, None, :]]
         table = resize_table(block.attn.relative_position_bias_table, self.grid, grid)
@@ -71,7 +71,7 @@ class BEiT(ViT):
 
 
 def build_encoder(arguments: dict[str, Any], drop_path: float = 0.0) -> ViT:
-    """The encoder that `ViT.arguments` describe, a plain one or a BEiT."""
+    """Build the encoder that `ViT.arguments` describe: a plain ViT or a BEiT."""
     arguments = dict(arguments)
     kind = BEiT if arguments.pop("relative_positions", False) else ViT
     return kind(**arguments, drop_path=drop_path)

@@ -1,7 +1,7 @@
-"""Images in, uint8 batches out: the built-in `shapes`, torchvision's sets, any folder of image files.
+"""Data sets, views and loaders: synthetic `shapes`, torchvision's sets, any folder of image files.
 
-Every view of an image is a function of (seed, epoch, index) alone: the number of workers or of processes never changes
-what is trained on. Batches are uint8; `Normalize` scales on the device.
+Every view is a function of (seed, epoch, index of the image) alone, so the number of workers or processes does not
+change the training images. Batches are uint8; `Normalize` scales them on the device.
 """
 
 import argparse
@@ -23,12 +23,12 @@ from util.shapes import Shapes
 from util.small_images import BatchViews, CenterView, InMemory, in_channels, torchvision_set
 from util.training import World, derive_seed, generator
 
-# Data sets by name, with what they set where no flag does; util/small_images.py reads them into memory. Any other name
-# is a folder.
+# Data sets by name, with their default settings; util/small_images.py reads them into memory. Any other name is a
+# folder.
 SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5)
 SETS = {
     "shapes": SMALL | dict(min_crop=1.0),  # random enough uncropped
-    "mnist": SMALL | dict(image_size=[28], channels=1, min_crop=1.0),  # crops are mirrored, too, which digits are not
+    "mnist": SMALL | dict(image_size=[28], channels=1, min_crop=1.0),  # uncropped, because crops are also mirrored
     "fashionmnist": SMALL | dict(image_size=[28], channels=1, min_crop=0.5),
     "cifar10": SMALL,
     "cifar100": SMALL,
@@ -40,42 +40,42 @@ NUM_SHAPES = dict(train=10_000, val=2_000)
 
 
 def add_flags(add: Callable[..., Any]) -> None:
-    """The flags about images; those that are None by default `fill_in` completes."""
+    """Add the flags about images. `fill_in` completes those that are None by default."""
     sizes = ", ".join(f"{name}: {usual['image_size'][0]}" for name, usual in NAMED.items())
     add("--data", default="shapes", help=f"{', '.join(SETS)}, or a folder with image files")
-    add("--data-root", default="data", metavar="FOLDER", help="where torchvision's sets lie")
-    add("--download", action="store_true", help="let torchvision download a set that is missing")
-    add("--limit", type=int, metavar="N", help="use only N images (default: all)")
+    add("--data-root", default="data", metavar="FOLDER", help="folder of torchvision's sets")
+    add("--download", action="store_true", help="download a missing data set by torchvision")
+    add("--limit", type=int, metavar="N", help="use only a random, fixed subset of N images (default: all)")
     add(
         "--image-size",
         type=int,
         nargs="+",
         metavar="PIXELS",
-        help=f"height and width, or one number (default: {sizes})",
+        help=f"height and width in pixels, or one number for both (default: {sizes})",
     )
-    add("--workers", type=int, help="processes that read files or augment (default: one per core, at most 8)")
+    add("--workers", type=int, help="processes that load images (default: one per core, at most 8)")
 
 
 def add_view_flags(add: Callable[..., Any]) -> None:
-    """The flags about random views of training images."""
+    """Add the flags about random views of training images."""
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
-    add("--min-crop", type=float, help=f"smallest fraction of an image that a random crop keeps (default: {crops})")
+    add("--min-crop", type=float, help=f"smallest area of a random crop, as a fraction; 1: no crops (default: {crops})")
     add_flip_flag(add)
 
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
-    """Mirroring, which all three training scripts do."""
-    text = "mirror half of the training images left to right, but not whole images (--min-crop 1)"
+    """Add `--flip`, a flag of all three training scripts."""
+    text = "mirror training images left to right with probability 0.5; without effect at --min-crop 1"
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def fill_in(args: argparse.Namespace) -> None:
-    """Complete what depends on the data and was not given, as far as a script has it."""
+    """Set flags that are None to the defaults of the data. Ends the script if --min-crop is invalid."""
     for name, value in SETS.get(args.data, FOLDER).items():
         if name in args and getattr(args, name) is None:
             setattr(args, name, value)
     if "min_crop" in args and not 0 < args.min_crop <= 1:
-        raise SystemExit(f"error: --min-crop must be more than 0 and at most 1, got {args.min_crop:g}")
+        raise SystemExit(f"error: --min-crop must be above 0 and at most 1, got {args.min_crop:g}")
 
 
 # --- data sets --------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def fill_in(args: argparse.Namespace) -> None:
 def unlabelled_images(
     name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
 ) -> Dataset:
-    """Images for pre-training: `shapes` of `size` (H, W), a set of torchvision's, or a folder or its `train/`."""
+    """Return images for pre-training: `shapes` of `size` (H, W), a torchvision set, a folder or its `train/`."""
     if name in SETS:
         return named_images(name, "train+unlabeled" if name == "stl10" else "train", root, size, limit, download)
     train = Path(name) / "train"
@@ -94,7 +94,7 @@ def unlabelled_images(
 def labelled_images(
     name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
 ) -> Dataset:
-    """Training images with labels, at most `limit`; of a folder those in `train/`."""
+    """Return at most `limit` labelled training images; for a folder, those in `train/`."""
     if name in SETS:
         return named_images(name, "train", root, size, limit, download)
     return at_most(class_folders(Path(name) / "train"), limit)
@@ -108,7 +108,7 @@ def validation_images(
     download: bool = False,
     classes: list[str] | None = None,
 ) -> Dataset:
-    """Labelled images to score on: torchvision's test set, or a folder's `val/`, which may lack some `classes`."""
+    """Return validation images with labels: torchvision's test set, or a folder's `val/`, which may lack `classes`."""
     if name in SETS:
         return named_images(name, "val" if name == "shapes" else "test", root, size, limit, download)
     return at_most(class_folders(Path(name) / "val", classes), limit)
@@ -117,23 +117,23 @@ def validation_images(
 def named_images(
     name: str, split: str, root: str, size: tuple[int, int], limit: int | None, download: bool
 ) -> InMemory:
-    """At most `limit` images of one of SETS."""
+    """Return at most `limit` images of one of SETS."""
     if name == "shapes":
         return Shapes(split, limit or NUM_SHAPES[split], size)
     return at_most(torchvision_set(name, split, root, download), limit)
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
-    """A random but fixed choice of `limit` images: in a sorted folder the first ones would be all of one class."""
+    """Return a random but fixed subset of `limit` images: the first ones of a sorted folder have the same class."""
     if limit is None or limit >= len(images):
         return images
     return subset(images, torch.randperm(len(images), generator=generator("limit"))[:limit].tolist())
 
 
 def few_labels(images: Dataset, fraction: float, seed: int) -> Dataset:
-    """A random `fraction` of each class, at least one image.
+    """Return a random `fraction` of each class, at least one image.
 
-    The same seed draws the same images, and a smaller part lies within a larger one.
+    The same seed gives the same images, and a smaller subset is part of a larger one.
     """
     order = torch.randperm(len(images), generator=generator(seed, "few labels")).tolist()
     wanted = {label: max(1, round(fraction * count)) for label, count in Counter(images.targets).items()}
@@ -147,7 +147,7 @@ def few_labels(images: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def subset(images: Dataset, indices: list[int]) -> Dataset:
-    """A part, with the labels and classes that torch's Subset does not know of."""
+    """Return a subset that, unlike torch's Subset, has labels and classes."""
     if isinstance(images, InMemory):
         return InMemory(images.images[indices], [images.targets[i] for i in indices], images.classes)
     part = Subset(images, indices)
@@ -158,7 +158,7 @@ def subset(images: Dataset, indices: list[int]) -> Dataset:
 
 
 def describe(images: Dataset) -> str:
-    """10,000 images of 10 classes (disk, square, triangle, ...)."""
+    """Describe a data set: 10,000 images of 10 classes (disk, square, triangle, ...)."""
     classes = f" of {len(images.classes)} classes ({', '.join(images.classes[:3])}, ...)" if images.classes else ""
     return f"{len(images):,} images{classes}"
 
@@ -167,12 +167,12 @@ def describe(images: Dataset) -> str:
 
 
 def sides(image_size: list[int]) -> tuple[int, int]:
-    """Height and width that `--image-size` gives in one number or two."""
+    """Return height and width from one or two numbers of `--image-size`."""
     return image_size[0], image_size[-1]
 
 
 def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) -> Callable[[Tensor], Tensor]:
-    """Random crop of at least `min_crop` of the area, resized to `size`, mirrored or not; 1: the image as it is."""
+    """Build the view: random crop of at least `min_crop` of the area, resized to `size`, mirrored; 1: no crop."""
     if min_crop == 1:
         return CenterView(size)
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
@@ -180,9 +180,9 @@ def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) 
 
 
 class RandomErasing(v2.RandomErasing):
-    """torchvision's, filling the erased rectangle of uint8 pixels with noise of ImageNet's mean and deviation.
+    """torchvision's RandomErasing for uint8 pixels: noise with ImageNet's mean and standard deviation.
 
-    That is MAE's and timm's "pixel" mode, before normalisation instead of after it.
+    Equals the "pixel" mode of MAE and timm, applied before normalisation instead of after it.
     """
 
     def __init__(self, probability: float):
@@ -197,7 +197,7 @@ class RandomErasing(v2.RandomErasing):
 
 
 def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], Tensor]]:
-    """Two operations of RandAugment at a strength of 0 (none) to 10, then RandomErasing."""
+    """Build two operations of RandAugment at a strength of 0 (off) to 10, then RandomErasing."""
     steps = []
     if rand_augment:
         grey = [round(255 * mean) for mean in IMAGENET_MEAN]
@@ -209,9 +209,9 @@ def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], 
 
 
 class Views(Dataset):
-    """Views of images by (epoch, index): view uint8 (C, H, W), label, and whether the image could be read.
+    """Views of images by (epoch, index): view uint8 (C, H, W), label, and whether the image was readable.
 
-    An unreadable file gives way to another image, drawn at random, or with `replace=False` to a blank.
+    An unreadable image is replaced by another one, drawn at random, or by a black one if `replace=False`.
     """
 
     collate = staticmethod(default_collate)
@@ -232,20 +232,20 @@ class Views(Dataset):
         return in_channels(image, self.channels), label, readable
 
     def show(self, image: Tensor, label: Any) -> tuple[Tensor, Any]:
-        """The view of an image; detection's change the label, too."""
+        """Return the view of an image and its label, which detection changes as well."""
         return self.view(image), label
 
     def read(self, index: int) -> tuple[Tensor, int, bool]:
-        """Image `index` or what stands for it, its label, and whether it could be read. Raises UnreadableImage."""
+        """Return image `index` or its replacement, its label, whether `index` was readable. Raises UnreadableImage."""
         for attempt in range(20):
             try:
                 return *self.images[index], attempt == 0
             except UnreadableImage as error:
-                warnings.warn(f"left out an unreadable image: {error}", stacklevel=2)
+                warnings.warn(f"skipped an unreadable image: {error}", stacklevel=2)
                 if not self.replace:
                     return torch.zeros(3, 1, 1, dtype=torch.uint8), -1, False
                 index = int(torch.randint(len(self), ()))
-        raise UnreadableImage("of 20 images drawn at random not one can be read")
+        raise UnreadableImage("20 images in a row, drawn at random, cannot be read")
 
 
 def training_views(
@@ -259,7 +259,7 @@ def training_views(
     device: torch.device,
     augment: list[Callable[[Tensor], Tensor]] | None = None,
 ) -> Views | BatchViews:
-    """Random crops, resized to `size` (H, W), mirrored and augmented; images in memory a batch at once on `device`."""
+    """Build random crops, resized to `size` (H, W), mirrored, augmented; in-memory images as batches on `device`."""
     if isinstance(images, InMemory) and not augment:
         return BatchViews(images, size, min_crop, flip=flip, channels=channels, seed=seed, device=device)
     view = v2.Compose([pretraining_view(size, min_crop, flip), *(augment or [])])
@@ -267,19 +267,19 @@ def training_views(
 
 
 def evaluation_margin(size: tuple[int, int]) -> float:
-    """How much longer than the crop the resized image is: 8/7 (256 -> 224), or 1 above 224 pixels, as in MAE."""
+    """Return the ratio of resized side to centre crop, as in MAE: 8/7 (256 -> 224), or 1 above 224 pixels."""
     return 8 / 7 if max(size) <= 224 else 1.0
 
 
 class EpochSampler(DistributedSampler):
-    """torch's DistributedSampler, handing out (epoch, index): views differ from epoch to epoch in every worker."""
+    """torch's DistributedSampler with keys (epoch, index), so that every worker knows the epoch of a view."""
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return ((self.epoch, index) for index in super().__iter__())
 
 
 def num_workers(views: Dataset, workers: int | None, world: World) -> int:
-    """Processes of a loader: none for views that come as batches, else `workers` (default: one per core, at most 8)."""
+    """Return the number of loader processes: 0 for batched views, else `workers` (default: one per core, at most 8)."""
     if hasattr(views, "__getitems__"):
         return 0
     return min(8, max(1, (os.cpu_count() or 1) // world.local_size)) if workers is None else workers
@@ -288,12 +288,12 @@ def num_workers(views: Dataset, workers: int | None, world: World) -> int:
 def training_loader(
     views: Dataset, batch_size: int, *, seed: int, workers: int | None = None, world: World
 ) -> DataLoader:
-    """Shuffled batches of this process; call `loader.sampler.set_epoch` before each epoch.
+    """Build a loader of shuffled batches for this process. Call `loader.sampler.set_epoch` before each epoch.
 
-    `views` is any data set that takes keys (epoch, index). Process r of R gets images r, r + R, ... of the common
-    order: their batches make up the batch of one process.
+    `views` is any data set with keys (epoch, index). Process r of R gets images r, r + R, ... of the common order, so
+    the batches of all processes together equal the batch of a single process.
     """
-    order = derive_seed(seed, "order") % 2**32  # torch adds the epoch: plain seeds 0, 1, ... would share orders
+    order = derive_seed(seed, "order") % 2**32  # torch adds the epoch: seeds 0, 1, ... would share orders
     sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=order, drop_last=True)
     workers = num_workers(views, workers, world)
     return DataLoader(
@@ -305,19 +305,19 @@ def training_loader(
         drop_last=True,
         pin_memory=torch.cuda.is_available() and not hasattr(views, "__getitems__"),
         persistent_workers=workers > 0,
-        generator=torch.Generator(),  # else it would draw from torch's own, which each step seeds
+        generator=torch.Generator(),  # not torch's own generator, which is seeded per step
     )
 
 
 def evaluation_loader(views: Dataset, batch_size: int, *, workers: int | None = None, world: World) -> DataLoader:
-    """All views once, in order; process r of R gets r, r + R, ...: none is repeated to fill up, some get one less."""
+    """Build a loader of all views, each once and in order. Process r of R gets r, r + R, ..., without padding."""
     keys = [(0, index) for index in range(world.rank, len(views), world.size)]
     workers = num_workers(views, workers, world)
     return DataLoader(views, batch_size, sampler=keys, num_workers=workers, collate_fn=getattr(views, "collate", None))
 
 
 def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **options: Any) -> DataLoader:
-    """What features and classifiers are scored on: the centre of each image, as MAE crops it, resized to `size`."""
+    """Build the loader for evaluation: the centre of each image, cropped as in MAE, resized to `size`."""
     margin = evaluation_margin(size)
     if isinstance(images, InMemory):
         views = BatchViews(images, size, margin=margin, channels=channels)
@@ -327,12 +327,12 @@ def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **opti
 
 
 def normalize_for(encoder: ViT) -> "Normalize":
-    """What an encoder expects to be done to pixels."""
+    """Build the normalisation of pixels that an encoder expects."""
     return Normalize(*(encoder.arguments[name] for name in ("channels", "mean", "std")))
 
 
 class Normalize(nn.Module):
-    """uint8 (B, C, H, W) -> float (pixels / 255 - mean) / std, on the module's device; C is 3, or 1 for grey."""
+    """Map uint8 images (B, C, H, W) to (pixels / 255 - mean) / std on the module's device; C is 3, or 1 for grey."""
 
     def __init__(self, channels: int = 3, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()

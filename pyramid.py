@@ -1,4 +1,4 @@
-"""A plain ViT with global attention under a feature pyramid: the backbone of detection."""
+"""Backbone of detection: a plain ViT with global attention and a feature pyramid."""
 
 import functools
 import math
@@ -25,7 +25,7 @@ class LayerNorm2d(nn.LayerNorm):
 
 
 def resample(dim: int, patch_size: int, stride: int) -> nn.Sequential:
-    """From a map with one cell for each patch to one with a cell every `stride` pixels; nothing where they agree."""
+    """Build layers that resample a map from one cell per patch to one cell per `stride` pixels; identity if equal."""
     layers: list[nn.Module] = []
     for i in range(round(math.log2(patch_size / stride))):
         layers += [LayerNorm2d(dim), nn.GELU()] if i else []
@@ -36,24 +36,24 @@ def resample(dim: int, patch_size: int, stride: int) -> nn.Sequential:
 
 
 def has_learned_positions(encoder: ViT) -> bool:
-    """Whether an encoder's positions are others than the fixed sine-cosine ones."""
+    """Return whether an encoder's positions differ from the fixed sine-cosine ones."""
     return not torch.allclose(encoder.pos_embed, sincos_position_embedding(encoder.dim, encoder.grid), atol=1e-3)
 
 
 @functools.lru_cache(maxsize=4)
 def sincos_table(dim: int, side: int, device: torch.device) -> Tensor:
-    """Positions (1 + side * side, D) of a square of patches, and the class token's before them."""
+    """Return positions (1 + side * side, D) of the class token and a square grid of patches."""
     return sincos_position_embedding(dim, (side, side))[0].to(device)
 
 
 class ViTPyramid(nn.Module):
-    """A ViT and a feature pyramid on four of its blocks. Raises ValueError for patches that are no power of 2.
+    """A ViT and a feature pyramid on four of its blocks. Raises ValueError if the patch size is not a power of 2.
 
-    The blocks see each image alone, on the grid of its own size: no padding takes part in attention, positions or PTR's
-    mean, and an image's tokens do not depend on the others of its batch (the pyramid's convolutions see zeros beyond
-    the image). Images with the same grid go together. Tokens that PTR drops skip the later blocks and return to their
-    places before the pyramid (as preserved tokens do in SViT, WACV 2024), so that its maps are whole. There is no final
-    norm: `encoder` loses it, since a module without a gradient would break DDP.
+    The ViT encodes each image without its padding, on its own grid, so tokens do not depend on other images in the
+    batch. The pyramid's convolutions see zeros beyond the image. Images with the same grid are encoded together.
+    Dropped tokens skip the later blocks and return to their places before the pyramid (like preserved tokens in SViT,
+    WACV 2024), so its maps are complete. Modifies `encoder` in place: removes the final norm, because a module without
+    a gradient would break DDP.
     """
 
     def __init__(self, encoder: ViT, channels: int, *, learned_positions: bool = False):
@@ -80,7 +80,7 @@ class ViTPyramid(nn.Module):
         p = self.patch_size
         grids = [(math.ceil(h / p), math.ceil(w / p)) for h, w in sizes or [images.shape[-2:]] * len(images)]
         shape = len(images), self.encoder.dim, images.shape[2] // p, images.shape[3] // p
-        maps = [images.new_zeros(shape) for _ in self.taps]  # zero where an image is only padded
+        maps = [images.new_zeros(shape) for _ in self.taps]  # zero in the padding
         for rows, columns in dict.fromkeys(grids):
             chosen = [i for i, grid in enumerate(grids) if grid == (rows, columns)]
             tapped = self.tapped_tokens(images[chosen, :, : rows * p, : columns * p], (rows, columns), ptr)
@@ -90,7 +90,7 @@ class ViTPyramid(nn.Module):
         return {name: x.float() for name, x in maps.items()}
 
     def tapped_tokens(self, images: Tensor, grid: tuple[int, int], ptr: PTR) -> list[Tensor]:
-        """The patch tokens (B, N, D) after each tapped block; one that PTR has dropped keeps its last value."""
+        """Return the patch tokens (B, N, D) after each tapped block; a dropped token keeps its last value."""
         positions = self.positions(grid)
         patches = self.encoder.patch_embed(images) + positions[1:]
         cls = (self.encoder.cls_token + positions[:1]).expand(len(images), -1, -1)
@@ -104,23 +104,23 @@ class ViTPyramid(nn.Module):
         return tapped
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positions (1 + rows * columns, D) of the class token and a grid of patches.
+        """Return positions (1 + rows * columns, D) of the class token and a grid of patches.
 
-        Sine-cosine ones count rows and columns from the image's corner, so those of any grid are a corner of a larger
-        square's. Learned ones (DeiT, DINO, fine-tuned models) are resized instead, and go on learning.
+        Sine-cosine positions count from the image's corner, so those of any grid are a corner of a larger square.
+        Learned positions (DeiT, DINO, fine-tuned models) are resized instead and trained further.
         """
         if self.learned_positions:
             return resize_positions(self.encoder.pos_embed, self.encoder.grid, grid)[0]
-        side = 32 * math.ceil(max(grid) / 32)  # few tables, as images have many sizes
+        side = 32 * math.ceil(max(grid) / 32)  # rounded up, so few tables serve many image sizes
         table = sincos_table(self.encoder.dim, side, self.encoder.cls_token.device)
         corner = table[1:].view(side, side, -1)[: grid[0], : grid[1]]
         return torch.cat([table[:1], corner.flatten(0, 1)])
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's, told the strides: it would infer them from the first batch, wrongly where padding is large.
+    """torchvision's RoIAlign with given strides: inferred from the first batch, they are wrong if padding is large.
 
-    A region goes to the map whose anchors are about its size: for anchors from 32 pixels on, as in the FPN paper.
+    A region is pooled from the map with anchors of about its size: as in the FPN paper, if anchors start at 32 pixels.
     """
 
     def __init__(self, output_size: int, anchor: int):

@@ -1,13 +1,14 @@
-"""See it: the patches that PTR keeps, what a classifier or a detector says of an image, and learning curves.
+"""Draw the patches that PTR keeps, the predictions of a classifier or detector, and learning curves.
 
-    python visualize.py                                            built-in images: input, stage 1, stage 2, stage 3
-    python visualize.py FOLDER PHOTO.jpg --checkpoint FILE         yours; FILE is ours or a public ViT (MAE, DINO, ...)
+    python visualize.py                                            synthetic images: input, stages 1, 2 and 3
+    python visualize.py FOLDER PHOTO.jpg --checkpoint FILE         your images; FILE: ours or a public ViT (MAE, ...)
     python visualize.py --masked --heatmap                         as in pre-training, with the scores of the tokens
-    python visualize.py --checkpoint runs/finetune/best.pt         with the classifier's answers
-    python visualize.py --checkpoint runs/detect/best.pt           what the detector finds
-    python visualize.py --log runs/pretrain runs/other             curves of metrics.jsonl, one run over the other
+    python visualize.py --checkpoint runs/finetune/best.pt         with the classifier's predictions
+    python visualize.py --checkpoint runs/detect/best.pt           boxes, masks and scores of the detector
+    python visualize.py --log runs/pretrain runs/other             curves of metrics.jsonl, runs overlaid
 
-Grey patches were dropped, pale ones PTR was not given. Scores are black where they are lowest, then red, yellow, white.
+Grey patches were dropped; light patches were not given to PTR. The colours of scores, from low to high: black, red,
+yellow, white.
 """
 
 import argparse
@@ -41,67 +42,65 @@ from util.image_files import UnreadableImage, find_images, read_image
 from util.shapes import draw_scene
 from util.small_images import in_channels
 
-# Groups of settings that are taken from the checkpoint where no flag is given.
+# Groups of settings taken from the checkpoint, unless a flag of the group is given.
 KEPT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
 
-GAP, LINE = 8, 17  # pixels between tiles, and of a line of text
+GAP, LINE = 8, 17  # pixels between tiles; height of a line of text
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fbf", "#8a8a00")  # of classes
 
 
 def arguments() -> argparse.ArgumentParser:
-    """All flags; the checkpoint's settings take the place of these defaults."""
+    """Build the parser. Settings of the checkpoint override these defaults."""
     parser = runs.flag_parser(__doc__)
     parser.add_argument("images", nargs="*", help="files, or folders with image files (default: those of --data)")
 
     add = parser.add_argument_group("picture").add_argument
-    add("--out", default="picture.png", metavar="FILE", help="where it is written")
-    add("--data", default="shapes", help=f"whose validation images are shown: {', '.join(data.SETS)}, or a folder")
-    add("--data-root", default="data", metavar="FOLDER", help="where torchvision's sets lie")
-    add("--limit", type=int, default=8, metavar="N", help="take N images of --data, and N of each folder")
-    add("--masked", action="store_true", help="give PTR the masked patches alone, as in pre-training")
-    add("--heatmap", action="store_true", help="show the scores by which PTR chooses, too")
-    add("--score-threshold", type=float, default=0.5, help="draw what a detector is at least so sure of")
-    add("--log", nargs="+", metavar="RUN", help="draw the learning curves of these run folders instead")
-    add("--metrics", nargs="+", metavar="NAME", help="with --log: these columns (default: all)")
+    add("--out", default="picture.png", metavar="FILE", help="image file to write")
+    add("--data", default="shapes", help=f"show validation images of {', '.join(data.SETS)}, or a folder")
+    add("--data-root", default="data", metavar="FOLDER", help="folder of torchvision's sets")
+    add("--limit", type=int, default=8, metavar="N", help="number of images of --data or of each folder")
+    add("--masked", action="store_true", help="give PTR only the masked patches, as in pre-training")
+    add("--heatmap", action="store_true", help="also show the scores of the tokens")
+    add("--score-threshold", type=float, default=0.5, help="minimum score of drawn detections")
+    add("--log", nargs="+", metavar="RUN", help="only draw the learning curves of these run folders")
+    add("--metrics", nargs="+", metavar="NAME", help="columns to draw with --log (default: all)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--checkpoint", default="runs/pretrain/last.pt", metavar="FILE", help="of ours, or a public ViT")
+    add("--checkpoint", default="runs/pretrain/last.pt", metavar="FILE", help="our checkpoint or a public ViT")
     weights.add_file_flags(add)
-    parser.set_defaults(weights=None)  # of PCAE the teacher, else the student
-    add("--pool", choices=weights.POOLS, help="what the head of a public classifier sees, if its file does not say")
+    parser.set_defaults(weights=None)  # None: the teacher of PCAE, else the student
+    add("--pool", choices=weights.POOLS, help="pooling of a public classifier, if its file does not record it")
     runs.add_device_flags(add)
 
     add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
-    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that is masked")
-    add(
-        "--drop-ratio", type=float, help="fraction of its tokens that each stage drops (default, if it drops none: 0.5)"
-    )
+    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
+    add("--drop-ratio", type=float, help="fraction of the tokens that each stage drops; unset: 0.5, or 0 for detectors")
     ptr.add_flags(add)
     return parser
 
 
 def read_images(names: list[str], limit: int) -> list[Tensor]:
-    """Image files, and at most `limit` of each folder: uint8 (3, H, W). Those that cannot be read are left out."""
+    """Read image files, and at most `limit` of each folder, as uint8 (3, H, W). Skips unreadable images."""
     images = []
     for name in names:
         paths = find_images(Path(name)) if Path(name).is_dir() else [name]
-        for path in paths[:: max(1, len(paths) // limit)][:limit]:  # from all over a folder, not of its first class
+        for path in paths[:: max(1, len(paths) // limit)][:limit]:  # spread over the folder, not only its first class
             try:
                 images.append(read_image(path))
             except UnreadableImage as error:
-                warnings.warn(f"left out an unreadable image: {error}", stacklevel=2)
+                warnings.warn(f"skipped an unreadable image: {error}", stacklevel=2)
     if names and not images:
-        raise SystemExit(f"error: not one image can be read of {', '.join(names)}")
+        raise SystemExit(f"error: all images of {', '.join(names)} are unreadable")
     return images
 
 
 def single(drop_ratio: float | list[float] | None) -> float | None:
-    """The drop ratio of a checkpoint's settings: detect.py records a list of one."""
+    """Return the drop ratio of a checkpoint's settings; detect.py records a list of one."""
     return drop_ratio[0] if isinstance(drop_ratio, list) else drop_ratio
 
 
 def validation_images(name: str, root: str, size: tuple[int, int], limit: int) -> list[Tensor]:
-    """Images of a set or of a folder (its `val/`, if any), uint8 (3, H, W)."""
+    """Return validation images of a set, or images of a folder (its `val/`, if any), as uint8 (3, H, W)."""
     if name in data.SETS:
         return [image for image, _ in data.validation_images(name, root, size, limit)]
     val = Path(name) / "val"
@@ -120,16 +119,16 @@ def draw_stages(
     captions: Sequence[str] = (),
     seed: int = 0,
 ) -> Image.Image:
-    """What PTR keeps of images, uint8 (B, 3, H, W), stage by stage, if it is given their patches `patch_ids` (B, n).
+    """Draw the patches of images uint8 (B, 3, H, W) that each PTR stage keeps, given patches `patch_ids` (B, n).
 
-    A row per image, with a caption below its first tile; with `heatmap` also the scores by which each stage chooses.
-    `seed` is that of the `random` criterion. Raises ValueError where `reduction` does not fit.
+    One row per image, with a caption below its first tile; `heatmap` adds the scores of each stage. `seed` is for the
+    `random` criterion. Raises ValueError if `reduction` does not fit.
     """
     patch_size, device = encoder.patch_embed.patch_size, encoder.cls_token.device
     ptr.token_counts(patch_ids.shape[1], len(encoder.blocks), reduction)
     inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
 
-    # One pass: what a stage keeps is what the next one is given. Of the same seed `random` draws the same scores again.
+    # One pass: each stage gets what the stage before keeps. With the same seed, `random` draws the same scores again.
     training.seed_generators(device, seed)
     options = dict(class_token=class_token, ptr=reduction, taps=reduction.blocks)
     encoded = encoder(inputs, patch_ids.to(device), **options)
@@ -138,7 +137,7 @@ def draw_stages(
     criterion, num_prefix = CRITERIA[reduction.criterion], int(class_token)
     scores = [criterion(tokens[:, num_prefix:]).cpu() for tokens, _ in encoded.tapped.values()]
 
-    # The columns, patch by patch: (B, N, 3 p p)
+    # The columns, as patches (B, N, 3 p p)
     images = in_channels(in_channels(images, encoder.arguments["channels"]), 3)
     patches = patchify(images, patch_size)
     grey = patchify(tvf.rgb_to_grayscale(images, 3), patch_size) // 4
@@ -161,7 +160,7 @@ def draw_stages(
 
 @torch.no_grad()
 def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
-    """`draw_stages` of a checkpoint, and what its classifier says of the images, with PTR as it was trained."""
+    """Draw the stages of a checkpoint, and its classifier's predictions, which use PTR as in training."""
     method, options = checkpoint.get("method"), weights.told(args)
     which = args.weights or ("teacher" if method == "pcae" else "student")
     classifier = None
@@ -191,13 +190,13 @@ def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device
         pairs = zip(labels.tolist(), confidences.tolist(), strict=True)
         captions = [f"{names[i]} {confidence:.1%}" for i, confidence in pairs]
     reduction = ptr.from_args(args, depth, args.drop_ratio or 0.5)
-    class_token = (method, which) != ("pcae", "teacher")  # which runs without
+    class_token = (method, which) != ("pcae", "teacher")  # the teacher has no class token in pre-training
     shown = dict(class_token=class_token, heatmap=args.heatmap, captions=captions, seed=args.seed)
     return draw_stages(encoder, images, patch_ids, reduction, **shown)
 
 
 def sheet(tiles: Tensor, texts: list[str], captions: Sequence[str]) -> Image.Image:
-    """Tiles, uint8 (B K, 3, H, W), in a column for each of K `texts`, and `captions` (B or none) below the first."""
+    """Arrange tiles uint8 (B K, 3, H, W) in K columns headed by `texts`, with `captions` (B or 0) below the first."""
     height, width = tiles.shape[-2:]
     head, below = 2 * LINE, LINE if captions else 0
     grid = make_grid(F.pad(tiles, (0, 0, 0, below), value=255), len(texts), GAP, pad_value=255)
@@ -212,7 +211,7 @@ def sheet(tiles: Tensor, texts: list[str], captions: Sequence[str]) -> Image.Ima
 
 @torch.no_grad()
 def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
-    """What a detector finds in images: boxes, masks, names and scores. Four images beside each other."""
+    """Draw the detections in images: boxes, masks, names and scores; four images per row."""
     trained = argparse.Namespace(**checkpoint["config"])
     model = detect.load_detector(trained, checkpoint).to(device).eval()
     encoder, short_side = model.backbone.encoder, trained.short_side[-1]
@@ -230,7 +229,7 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
         (found,) = model(detect.to_device([seen], device), ptr=reduction)
         sure = found["scores"] >= args.score_threshold
         boxes, labels, scores, masks = (found[name][sure].cpu() for name in ("boxes", "labels", "scores", "masks"))
-        scale = 384 / max(image.shape[-2:])  # to a size that goes with that of the text
+        scale = 384 / max(image.shape[-2:])  # to a size that fits the text
         size = [round(scale * side) for side in image.shape[-2:]]
         image = tvf.resize(image, size)
         if len(boxes):
@@ -245,21 +244,21 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
 
 
 def draw_curves(folders: list[str], metrics: list[str] | None) -> Any:
-    """A matplotlib figure with a panel for each metric, and in it a curve for each run."""
+    """Return a matplotlib figure with one panel per metric and one curve per run."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SystemExit("error: --log draws with matplotlib, which is not there: pip install matplotlib") from None
+        raise SystemExit("error: --log needs matplotlib: pip install matplotlib") from None
     logs = {}
     for folder in folders:
         try:
             logs[folder] = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open(encoding="utf-8")]
         except (OSError, ValueError) as error:
-            raise SystemExit(f"error: --log {folder} holds no metrics.jsonl that can be read ({error})") from None
+            raise SystemExit(f"error: --log {folder}: missing or unreadable metrics.jsonl ({error})") from None
     known = dict.fromkeys(name for log in logs.values() for row in log for name in row if name not in ("epoch", "step"))
     names = metrics or list(known)
     if not names or set(names) - set(known):
-        raise SystemExit(f"error: --metrics {' '.join(names)}: these logs have {', '.join(known) or 'no columns yet'}")
+        raise SystemExit(f"error: --metrics {' '.join(names)}: columns of these logs: {', '.join(known) or 'none'}")
     rows, columns = math.ceil(len(names) / 3), min(3, len(names))
     figure = Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
     for i, name in enumerate(names, start=1):
@@ -289,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         save(args.out)
     except (OSError, ValueError) as error:
         raise SystemExit(f"error: --out {args.out} cannot be written ({error})") from None
-    print(f"written: {args.out}")
+    print(f"saved {args.out}")
 
 
 if __name__ == "__main__":

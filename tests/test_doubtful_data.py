@@ -52,7 +52,7 @@ def write_ramps(folder, image_id=int, category_id=int):
 # --- what cannot be read ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 def test_what_was_scored_is_what_counts(tmp_path, capsys):
     """With few unreadable images they are counted, with most there is no score: of any kind."""
     folder, settings = write_classes(tmp_path / "images", "a", "bb", count=20), TINY | dict(init="none")
@@ -72,7 +72,7 @@ def test_what_was_scored_is_what_counts(tmp_path, capsys):
             evaluate(tmp_path / "run/last.pt", **changes)
 
 
-@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 @pytest.mark.parametrize("broken", [0, 3, 30])
 def test_what_was_scored_is_what_counts_in_detection(tmp_path, broken):
     folder = write_ramps(tmp_path / "coco")

@@ -210,7 +210,7 @@ def assert_statistics(checkpoint, folder, ptr=NO_PTR):
     torch.testing.assert_close(found, tuple(x.float() for x in expected), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -229,7 +229,7 @@ def test_a_probe_standardises_by_its_training_features(tmp_path, folder, pretrai
     assert_statistics(checkpoint, folder, PTR((0,), 0.5) if "drop_ratio" in changes else NO_PTR)
 
 
-@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 def test_probes_do_not_depend_on_micro_batches_or_processes(tmp_path, folder, pretrained):
     settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True, min_crop=0.5)
     whole = train("finetune", tmp_path / "whole", **settings)

@@ -95,7 +95,7 @@ def predict(images, world=ALONE, batches=None):
     return metrics.predict(lambda x: x[:, :, 0, 0], loader, nn.Identity(), "fp32", world, batches)
 
 
-@pytest.mark.filterwarnings("ignore:left out an unreadable image")
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 def test_every_readable_image_is_predicted_once():
     outputs, labels = predict(Numbered(broken=(0, 6, 10)))
     assert labels.tolist() == [1, 2, 3, 4, 5, 7, 8, 9] and outputs.dtype == torch.float32
