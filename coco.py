@@ -1,4 +1,4 @@
-"""Detection's data: COCO's format, the built-in scenes in it, views of images with their objects, COCO's scores."""
+"""Data of detection: COCO's format, synthetic scenes, views of images with their objects, COCO's evaluation."""
 
 import contextlib
 import io
@@ -23,7 +23,7 @@ from util.image_files import UnreadableImage, read_image
 from util.shapes import SHAPES, draw_scene
 from util.training import generator
 
-Target = dict[str, Any]  # of an image: boxes (n, 4), labels (n,), masks (n, H, W), image_id
+Target = dict[str, Any]  # per image: boxes (n, 4), labels (n,), masks (n, H, W), image_id
 
 # --- annotation files -------------------------------------------------------------------------------------------------
 
@@ -32,19 +32,19 @@ class CocoDetection(Dataset):
     """Images and their objects, from an image folder and an annotation file in COCO's format.
 
     An item is an image, uint8 (3, H, W), and its target: `boxes`, float32 (n, 4), left, top, right, bottom in pixels;
-    `labels`, int64 (n,), from 1 in the order of the category ids, which may have holes (0 is the background); `masks`,
-    uint8 (n, H, W); `image_id`. Crowds and boxes without an area are no targets; `coco` has them for the evaluation.
-    `ids` are the images: all, or `limit` of them at random; `categories` (id, name) of labels 1, 2, ...
+    `labels`, int64 (n,), from 1 in the order of the category ids, which may have gaps (0: background); `masks`, uint8
+    (n, H, W); `image_id`. Crowds and empty boxes are not targets; `coco` keeps them for the evaluation. `ids` lists the
+    images: all, or `limit` at random. `categories` lists (id, name) of labels 1, 2, ...
     """
 
     def __init__(self, folder: Path, annotations: Path, limit: int | None = None):
         self.folder, self.coco = folder, COCO()
         try:
             self.coco.dataset = tidy(json.loads(annotations.read_text(encoding="utf-8")))
-            with contextlib.redirect_stdout(io.StringIO()):  # it is talkative
+            with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints
                 self.coco.createIndex()
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"error: --data: {annotations} is not as COCO's are ({error!r})") from None
+            raise SystemExit(f"error: --data: {annotations} is not in COCO's format ({error!r})") from None
         ids = list(sorted(self.coco.imgs))
         order = torch.randperm(len(ids), generator=generator("limit"))[:limit].tolist() if limit else range(len(ids))
         self.ids = sorted(ids[i] for i in order)
@@ -56,15 +56,15 @@ class CocoDetection(Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         info = self.coco.imgs[self.ids[index]]
         path, size = self.folder / info["file_name"], (info["height"], info["width"])
-        image = read_image(path, upright=False)  # as it was annotated, if its stored size is the annotated one
+        image = read_image(path, upright=False)  # as annotated, if the stored size is the annotated one
         if image.shape[1:] != size:
             image = read_image(path)
-        if image.shape[1:] != size or max(size) > 32 * min(size):  # of thinner ones resizing would leave nothing
-            raise UnreadableImage(f"{path}: {tuple(image.shape[1:])} pixels, annotated as {size}, or far too thin")
+        if image.shape[1:] != size or max(size) > 32 * min(size):  # thinner images vanish when resized
+            raise UnreadableImage(f"{path}: {tuple(image.shape[1:])} pixels, annotated as {size}, or too thin")
         found = [a for a in self.coco.imgToAnns[info["id"]] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in found], dtype=torch.float32).reshape(-1, 4)
         boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), size)
-        solid = (boxes[:, 2:] - boxes[:, :2] > 0.01).all(dim=1)  # less could round to nothing when resized
+        solid = (boxes[:, 2:] - boxes[:, :2] > 0.01).all(dim=1)  # smaller boxes could vanish when resized
         found = [a for a, is_solid in zip(found, solid.tolist(), strict=True) if is_solid]
         masks = torch.zeros(len(found), *size, dtype=torch.uint8)
         for mask, annotation in zip(masks, found, strict=True):
@@ -74,36 +74,36 @@ class CocoDetection(Dataset):
         return image, dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
 
     def use_categories(self, categories: list[tuple[int, str]]) -> None:
-        """Number the labels by the (id, name) of the images that were trained on."""
+        """Number the labels by the categories (id, name) of the training set."""
         unknown = set(self.categories) - set(categories)
         if unknown:
-            raise SystemExit(f"error: --data: {self.folder} has categories that were not trained on: {unknown}")
+            raise SystemExit(f"error: --data: {self.folder} has categories that are not in the training set: {unknown}")
         self.categories = categories
 
     def describe(self) -> str:
-        """118,287 images with 849,949 objects of 80 classes."""
+        """Describe the set: 118,287 images with 849,949 objects of 80 classes."""
         objects = sum(not a["iscrowd"] for i in self.ids for a in self.coco.imgToAnns[i])
         return f"{len(self):,} images with {objects:,} objects of {len(self.categories)} classes"
 
 
 def tidy(content: dict[str, Any]) -> dict[str, Any]:
-    """An annotation file's content without the objects that pycocotools cannot use, of which it says how many.
+    """Return an annotation file's content without objects that pycocotools cannot use, and print their number.
 
-    Annotations get new ids from 1: the evaluation takes an object of id 0 for one that was not found, and of two with
-    the same id knows only one.
+    Annotations get new ids from 1, because the evaluation counts an object of id 0 as not found and keeps only one
+    object per id. Raises ValueError if most objects are unusable.
     """
     images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
     listed = [a for a in content["annotations"] if a["image_id"] in images]
     kept = [a for a in listed if a["category_id"] in categories and is_usable(a, images[a["image_id"]])]
     if len(kept) < len(listed):
-        print(f"left out {len(listed) - len(kept)} of {len(listed)} objects without a usable box, mask or category")
+        print(f"skipped {len(listed) - len(kept)} of {len(listed)} objects without a usable box, mask or category")
     for name, known in (("image_id", images), ("category_id", categories)):
         strangers = [a[name] for a in content["annotations"] if a[name] not in known]
         if 2 * len(strangers) > len(content["annotations"]):
             raise ValueError(f"most objects have an unlisted {name}, such as {strangers[0]!r}: text or a number?")
     if 2 * len(kept) <= len(listed):
-        raise ValueError("hardly any object has a box and a mask (segmentation)")
+        raise ValueError("at least half of the objects lack a usable box or mask (segmentation)")
     check_units(kept)
     for number, annotation in enumerate(kept, start=1):
         box = annotation["bbox"]
@@ -114,9 +114,9 @@ def tidy(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_usable(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
-    """Whether box and mask of an object fit an image of `size` (H, W): what they are goes unchecked into C code.
+    """Return whether box and mask of an object fit an image of `size` (H, W), because C code does not check them.
 
-    Polygons of less than three points are taken away: pycocotools would read them as boxes.
+    Removes polygons of less than three points, which pycocotools would read as boxes.
     """
     box, mask = annotation.get("bbox") or (), annotation.get("segmentation")
     if isinstance(mask, dict):
@@ -128,7 +128,7 @@ def is_usable(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
 
 
 def fills_image(mask: dict[str, Any]) -> bool:
-    """Whether the runs of a run-length encoded mask are as long as its image: pycocotools trusts that they are."""
+    """Return whether the runs of a run-length encoded mask add up to its image, which pycocotools does not check."""
     counts = mask.get("counts")
     if isinstance(counts, list):
         return min(counts, default=-1) >= 0 and sum(counts) == math.prod(mask["size"])
@@ -139,37 +139,37 @@ def fills_image(mask: dict[str, Any]) -> bool:
 
 
 def check_units(annotations: list[dict[str, Any]]) -> None:
-    """Raise ValueError where most boxes are not around their polygons: in other units, or in another order."""
+    """Raise ValueError if most boxes do not enclose their polygons, because of other units or another order."""
     some = [a for a in annotations if isinstance(a["segmentation"], list)][:1000]
     points = [torch.tensor([x for polygon in a["segmentation"] for x in polygon]).view(-1, 2) for a in some]
     around = torch.tensor([[*xy.amin(0).tolist(), *xy.amax(0).tolist()] for xy in points]).view(-1, 4)
     boxes = box_convert(torch.tensor([a["bbox"] for a in some], dtype=torch.float32).view(-1, 4), "xywh", "xyxy")
     shared = (torch.minimum(boxes, around)[:, 2:] - torch.maximum(boxes, around)[:, :2]).clamp(min=0).prod(1)
     areas = [(x[:, 2:] - x[:, :2]).prod(1) for x in (boxes, around)]
-    apart = shared < 0.5 * (areas[0] + areas[1] - shared)  # intersection over union below one half
-    if len(some) >= 5 and (2 * apart.sum() > len(some) or boxes.max() <= 1):  # of fewer nothing can be said
-        raise ValueError("its boxes are not around its masks: both must be in pixels, a box left, top, width, height")
+    apart = shared < 0.5 * (areas[0] + areas[1] - shared)  # intersection over union below 0.5
+    if len(some) >= 5 and (2 * apart.sum() > len(some) or boxes.max() <= 1):  # too few to judge otherwise
+        raise ValueError("boxes do not enclose their masks: expected pixels, boxes as left, top, width, height")
 
 
 def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
-    """The image folder and the annotation file of `split`, train or val."""
+    """Return the image folder and the annotation file of `split`, train or val."""
     files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
     images = [folder / file.stem.removeprefix("instances_") for file in files]
     if len(files) != 1 or not images[0].is_dir():
         raise SystemExit(
-            f"error: --data: {folder} must have one file annotations/instances_{split}*.json, beside a folder with its "
+            f"error: --data: {folder} must have exactly one annotations/instances_{split}*.json and a folder with its "
             f"images (instances_{split}2017.json: {split}2017/)"
         )
     return images[0], files[0]
 
 
-# --- the built-in scenes, as such a folder ----------------------------------------------------------------------------
+# --- synthetic scenes in COCO's format --------------------------------------------------------------------------------
 
-NUM_SCENES = dict(train=400, val=100)  # more to train on if --limit says so
+NUM_SCENES = dict(train=400, val=100)  # --limit may raise the number for training
 
 
 def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = None) -> Path:
-    """Draw scenes of `shapes` into a folder below `root`, once; returns the folder."""
+    """Write scenes of `shapes` to a folder below `root`, unless it exists, and return the folder."""
     lengths = NUM_SCENES | dict(train=max(limit or 0, NUM_SCENES["train"]))
     folder = root / f"shapes-{image_size[0]}x{image_size[1]}-{lengths['train']}-{lengths['val']}"
     root.mkdir(parents=True, exist_ok=True)
@@ -182,15 +182,15 @@ def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = No
                 content = write_split(whole / f"{split}2017", split, length, image_size)
                 with open(whole / "annotations" / f"instances_{split}2017.json", "w", encoding="utf-8") as file:
                     json.dump(content, file)
-            with contextlib.suppress(OSError):  # another process was faster
+            with contextlib.suppress(OSError):  # another process was first
                 whole.rename(folder)
     return folder
 
 
 def write_split(folder: Path, split: str, length: int, image_size: tuple[int, int]) -> dict[str, Any]:
-    """Write the images of one split, from image id 1; returns the content of its annotation file."""
+    """Write the images of one split, with ids from 1, and return the content of the annotation file."""
     images, annotations = [], []
-    category_ids = range(1, 2 * len(SHAPES), 2)  # with holes, as COCO's have
+    category_ids = range(1, 2 * len(SHAPES), 2)  # with gaps, like COCO's
     for index in range(length):
         pixels, labels, masks = draw_scene(split, index, image_size)
         name = f"{index + 1:012}.png"
@@ -214,7 +214,7 @@ def write_split(folder: Path, split: str, length: int, image_size: tuple[int, in
 
 
 def encode_mask(mask: Tensor) -> dict[str, Any]:
-    """A mask (H, W), bool, run-length encoded as COCO's tools do, fit for JSON."""
+    """Encode a boolean mask (H, W) by COCO's run-length encoding, as text for JSON."""
     rle = coco_mask.encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
     return rle | dict(counts=rle["counts"].decode("ascii"))
 
@@ -230,19 +230,19 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
-    """A part of an image and what of its objects is in it; boxes shrink to what is seen, objects out of sight go."""
+    """Crop an image and its objects. Boxes shrink to the visible part; objects outside are removed."""
     area = ..., slice(top, top + height), slice(left, left + width)
     masks = target["masks"][area]
     seen = masks.flatten(1).any(dim=1).bool()
-    boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # from a pixel's edge to an edge
+    boxes = masks_to_boxes(masks[seen]) + torch.tensor([0, 0, 1, 1])  # from pixel centres to edges
     return image[area], target | dict(boxes=boxes, labels=target["labels"][seen], masks=masks[seen])
 
 
 def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """DETR's crop: of 384 to 600 pixels a side (or the whole side), when the shorter one measures 400, 500 or 600.
+    """Crop as in DETR: sides of 384 to 600 pixels (or the whole side), with a shorter side of 400, 500 or 600 pixels.
 
-    DETR resizes, crops and resizes again; here the crop is worked out in the image's own pixels, so that it is resized
-    once, by the model.
+    DETR resizes, crops and resizes again. Here the crop is computed in the image's own pixels, so only the model
+    resizes.
     """
 
     def draw(lowest: int, highest: int) -> int:
@@ -258,7 +258,7 @@ def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 class Packed(NamedTuple):
-    """A batch in few tensors: each that a loader's process hands over takes a file descriptor, and these are few."""
+    """A batch in few tensors, because each tensor from a loader's process takes a file descriptor."""
 
     pixels: Tensor  # of all images, then of all masks: uint8, flat
     boxes: Tensor  # (n, 4) of all objects
@@ -270,7 +270,7 @@ class Packed(NamedTuple):
 
 
 def pack(samples: list[tuple[Tensor, Target, bool]]) -> Packed:
-    """Images of any sizes, their targets, and which of them could be read."""
+    """Pack images of any sizes, their targets, and which images were readable."""
     images, targets, readable = zip(*samples, strict=True)
     flat = [image.flatten() for image in images] + [target["masks"].flatten() for target in targets]
     boxes, labels = (torch.cat([target[name] for target in targets]) for name in ("boxes", "labels"))
@@ -280,7 +280,7 @@ def pack(samples: list[tuple[Tensor, Target, bool]]) -> Packed:
 
 
 def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
-    """Images, targets and which images could be read: what `pack` was given."""
+    """Return images, targets and which images were readable: the inverse of `pack`."""
     mask_shapes = [(count, *shape[1:]) for count, shape in zip(batch.counts, batch.shapes, strict=True)]
     shapes = [*batch.shapes, *mask_shapes]
     parts = batch.pixels.split([math.prod(shape) for shape in shapes])
@@ -292,9 +292,9 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
 
 
 class DetectionViews(Views):
-    """Images with their targets; `augment`: half of them flipped, `crop_ratio` cropped. The model resizes.
+    """Images with their targets. `augment` flips half of them and crops the fraction `crop_ratio`. The model resizes.
 
-    What stands for an unreadable image has no objects, and image id -1.
+    Without `augment`, an unreadable image is replaced by a blank one without objects and with image id -1.
     """
 
     collate = staticmethod(pack)
@@ -325,11 +325,11 @@ class DetectionViews(Views):
         return image, target
 
 
-# --- scores -----------------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """What a detector found in one image, in COCO's format for results."""
+    """Convert the objects found in one image to COCO's result format."""
     boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
     rows = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), found["masks"], strict=True)
     return [
@@ -347,14 +347,14 @@ def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]
 def average_precision(
     images: CocoDetection, results: list[dict[str, Any]], image_ids: list[int], show: bool = False
 ) -> dict[str, float]:
-    """COCO's evaluation of what was found in these images: box and mask AP, AP50 and AP75 in [0, 1], -1 for no object.
+    """Return box and mask AP, AP50 and AP75 of these images in [0, 1], or -1 without objects. `show` prints a summary.
 
-    `show` prints COCO's own summary.
+    Uses COCO's own evaluation.
     """
     scores = {}
     for name, kind in (("box", "bbox"), ("mask", "segm")):
         with contextlib.redirect_stdout(io.StringIO()) as summary:
-            # Without boxes masks are counted as small, medium or large by their own area. It takes no empty list.
+            # Without `bbox`, COCO sorts masks by their own area into small, medium, large. `loadRes` needs results.
             rows = [{key: value for key, value in r.items() if kind == "bbox" or key != "bbox"} for r in results]
             found = images.coco.loadRes(rows) if rows else COCO()
             evaluation = COCOeval(images.coco, found, kind)

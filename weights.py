@@ -1,6 +1,6 @@
-"""Encoders and classifiers from files, ours or public (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm), and out for timm.
+"""Load encoders and classifiers from our and public files (MAE, DINO, DeiT, MoCo v3, CAE, BEiT, timm); export to timm.
 
-python weights.py runs/finetune/best.pt vit.pt              a classifier or encoder for timm; prints timm's call
+python weights.py runs/finetune/best.pt vit.pt              writes weights for timm, prints timm's call
 """
 
 import argparse
@@ -19,34 +19,34 @@ from beit import BEiT, build_encoder, num_distances, resize_table
 from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT, grid_size
 from util import runs
 
-# What DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we put into a name.
+# Parts of names that DDP, torch.compile, FSDP, checkpointing, Lightning, DINO and we add.
 WRAPPERS = "module _orig_mod _fsdp_wrapped_module _checkpoint_wrapped_module model vit ema backbone encoder".split()
-# Where both are in one dict: MoCo v3's two encoders, and CAE's teacher beside an encoder, which is a wrapper above.
+# Prefixes if one dict holds both: MoCo v3's encoders; CAE's teacher, beside an encoder, which is a wrapper above.
 PAIRS = {"student": ("base_encoder.",), "teacher": ("momentum_encoder.", "teacher.")}
 TABLE = "relative_position_bias_table"
-# Names that begin like this and that our ViT does not have would change what an encoder computes.
+# Tensors with these prefixes that our ViT lacks would change the output of the encoder.
 ESSENTIAL = ("blocks.", "patch_embed.", "norm", "cls_token", "pos_embed", "rel_pos", "rope")
 ESSENTIAL += ("dist_token", "reg_token", "register_tokens")
 
 # --- flags ------------------------------------------------------------------------------------------------------------
 
-POOLS = ("mean", "class")  # of the patch tokens, or the class token
+POOLS = ("mean", "class")  # mean of the patch tokens, or the class token
 
 
 def add_init_flags(add: Callable[..., Any]) -> None:
-    """The encoder that a run starts from."""
-    formats = "a checkpoint of ours, a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT"
+    """Add the flags about the encoder that a run starts from."""
+    formats = "our checkpoint or a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT"
     add("--init", default="runs/pretrain/last.pt", metavar="FILE", help=f"encoder: {formats}, or none: from scratch")
-    add("--model", default="vit_mini", choices=MODELS, help="encoder for --init none")
+    add("--model", default="vit_mini", choices=MODELS, help="size of the encoder for --init none")
     add_file_flags(add)
 
 
 def add_file_flags(add: Callable[..., Any]) -> None:
-    """Which encoder of a file, and what a public file does not say of it. Our own files say it."""
-    add("--weights", default="student", choices=("student", "teacher"), help="which encoder of the file")
-    add("--heads", type=int, help="attention heads of a public file (default: as the usual ViT of its width)")
-    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of a public file (default: a square)")
-    rgb, usual = ("R", "G", "B"), "of a public file's pixels, 0 to 1 (default: ImageNet's"
+    """Add the flags that select an encoder in a file or give what a public file, unlike ours, does not record."""
+    add("--weights", default="student", choices=("student", "teacher"), help="encoder to take from the file")
+    add("--heads", type=int, help="attention heads of a public file (default: by its width)")
+    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patch grid of a public file (default: square)")
+    rgb, usual = ("R", "G", "B"), "of pixels in [0, 1] for a public file (default: ImageNet's"
     add("--mean", type=float, nargs=3, metavar=rgb, help=f"mean {usual}, {' '.join(map(str, IMAGENET_MEAN))})")
     add(
         "--std",
@@ -58,38 +58,38 @@ def add_file_flags(add: Callable[..., Any]) -> None:
 
 
 def told(args: argparse.Namespace) -> dict[str, Any]:
-    """What these flags say of a public file, for `load_encoder` and `load_classifier`."""
+    """Return the flags about a public file as options of `load_encoder` and `load_classifier`."""
     return {name: getattr(args, name) for name in ("heads", "grid", "mean", "std")}
 
 
 def check_flags(given: set[str], init: str) -> None:
-    """Reject flags about a new encoder beside a file that holds one, and flags about a file where there is none."""
+    """Reject flags about a new encoder if `init` is a file, and flags about a file if `init` is none."""
     if init == "none":
-        runs.reject(given & {"weights", "heads", "grid", "mean", "std"}, "for a file, not for --init none")
+        runs.reject(given & {"weights", "heads", "grid", "mean", "std"}, "only for a file, not for --init none")
     else:
-        runs.reject(given & {"model", "patch_size", "channels"}, f"for --init none; {init} holds an encoder of its own")
+        runs.reject(given & {"model", "patch_size", "channels"}, f"only for --init none; {init} defines the encoder")
 
 
 def say_nothing(line: str) -> None:
-    """A `log` for all processes but the first."""
+    """Log nothing: the `log` of all processes but the first."""
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
 def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[str, Tensor]:
-    """The tensors of a checkpoint by timm's names, whatever it wraps them in.
+    """Return the tensors of a checkpoint by timm's names, without the wrappers of other tools.
 
-    Looks for the `weights` (`student` or `teacher`) of ours, DINO's and MoCo v3's files, else under `model` (MAE, DeiT)
-    or `state_dict` (timm), else their average, else takes the checkpoint for the tensors themselves. Raises ValueError.
+    Searches, in this order: the key `weights` (`student` or `teacher`: ours, DINO), `model` (MAE, DeiT), `state_dict`
+    (timm, MoCo v3), an average of the weights, the checkpoint itself. Raises ValueError if `weights` is missing.
     """
     averages = ("model_ema", "state_dict_ema")
     places = [key for key in (weights, "model", "state_dict", *averages) if key in checkpoint]
     other = {"student": "teacher", "teacher": "student"}[weights]
     if not places and other in checkpoint:
-        raise ValueError(f"it holds the weights of the {other} alone: use --weights {other}")
+        raise ValueError(f"the file holds only the weights of the {other}: use --weights {other}")
     if places and places[0] in averages:
-        print(f"the file holds only an average of the weights ({places[0]}): it is taken")
+        print(f"the file holds only an average of the weights ({places[0]}), which is used")
     found = checkpoint[places[0]] if places else checkpoint
     tensors = {}
     for name, value in found.items():
@@ -97,15 +97,15 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
             tensors[".".join(part for part in name.split(".") if part not in WRAPPERS)] = value
     one = {name[len(p) :]: t for p in PAIRS[weights] for name, t in tensors.items() if name.startswith(p)}
     if weights == "teacher" and not one and "teacher" not in checkpoint:
-        raise ValueError("it holds one set of weights and no teacher's: use --weights student")
+        raise ValueError("the file holds one set of weights, without a teacher: use --weights student")
     return fold(one or tensors)
 
 
 def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What computes the same by fewer names, as a plain ViT or our BEiT has them.
+    """Fold tensors into the equivalent ones that a plain ViT or our BEiT has.
 
-    LayerScale (`gamma_1`, `gamma_2` of BEiT and CAE, `ls1`, `ls2` of timm and DINOv2) goes into the layer before it,
-    `q_bias` and `v_bias` into a bias of qkv; a table of relative positions for all blocks becomes one for each.
+    LayerScale (`gamma_1`, `gamma_2` of BEiT and CAE, `ls1`, `ls2` of timm and DINOv2) is folded into the layer before,
+    `q_bias` and `v_bias` into a bias of qkv. A table of relative positions shared by all blocks is copied to each.
     """
     folded = {name: tensor for name, tensor in tensors.items() if not name.endswith("relative_position_index")}
     shared = folded.pop(f"rel_pos_bias.{TABLE}", None)
@@ -113,7 +113,7 @@ def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         for layer, names in (("attn.proj", ("gamma_1", "ls1.gamma")), ("mlp.fc2", ("gamma_2", "ls2.gamma"))):
             weight, bias = f"{block}{layer}.weight", f"{block}{layer}.bias"
             for name in names:
-                if {block + name, weight, bias} <= folded.keys():  # else no such ViT: the name stays, and is refused
+                if {block + name, weight, bias} <= folded.keys():  # else incompatible: the name remains and is rejected
                     gamma = folded.pop(block + name)
                     folded |= {weight: folded[weight] * gamma[:, None], bias: folded[bias] * gamma}
         if {block + "attn.q_bias", block + "attn.v_bias"} <= folded.keys():
@@ -127,25 +127,25 @@ def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def infer_arguments(
     tensors: dict[str, Tensor], heads: int | None = None, grid: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """The arguments of the ViT that these weights are of. Raises ValueError.
+    """Infer the arguments of the ViT from its weights. Raises ValueError if the file is incompatible.
 
-    They do not say how many `heads` they are for, but for BEiT's: by default as many as the usual model of this width
-    has; nor for which `grid` (rows, columns): by default a square one.
+    Weights do not determine the number of `heads` (except BEiT's) or the `grid` (rows, columns). The defaults are the
+    heads of the usual ViT of this width and a square grid.
     """
     table = tensors.get(f"blocks.0.attn.{TABLE}")
     positions = "pos_embed" if table is None else f"blocks.0.attn.{TABLE}"
     needed = ("cls_token", positions, "patch_embed.proj.weight", "blocks.0.mlp.fc1.weight")
     absent = [name for name in needed if name not in tensors]
     if absent:
-        raise ValueError(f"it is not a plain ViT with a class token: {', '.join(absent)} missing")
+        raise ValueError(f"not a plain ViT with a class token: {', '.join(absent)} missing")
     if table is not None and "pos_embed" in tensors:
-        raise ValueError("it has absolute and relative positions, which no encoder here has")
+        raise ValueError("absolute and relative positions in one file: not supported")
     for name, ndim in (("patch_embed.proj.weight", 4), (positions, 3 if table is None else 2)):
         if tensors[name].ndim != ndim:
-            raise ValueError(f"{name} is {tuple(tensors[name].shape)}, which is not a plain ViT's")
+            raise ValueError(f"not a plain ViT: {name} has shape {tuple(tensors[name].shape)}, expected {ndim} axes")
     dim, channels, patch_size, _ = tensors["patch_embed.proj.weight"].shape
     if channels not in (1, 3):
-        raise ValueError(f"it is for images of {channels} channels; here they have 3 (colour) or 1 (grey)")
+        raise ValueError(f"the encoder expects {channels} channels; supported are 3 (colour) and 1 (grey)")
     if table is None:
         count, count_of = tensors["pos_embed"].shape[1], lambda grid: 1 + math.prod(grid)
         square = math.isqrt(count - 1)
@@ -154,14 +154,14 @@ def infer_arguments(
         square = (math.isqrt(count - 3) + 1) // 2
     grid = tuple(grid or (square, square))
     if count_of(grid) != count:
-        raise ValueError(f"its {positions} of {count} is not of class token and {grid[0]} x {grid[1]} patches (--grid)")
+        raise ValueError(f"{positions} has {count} rows, which do not fit {grid[0]} x {grid[1]} patches: set --grid")
     usual = {size["dim"]: size["heads"] for size in MODELS.values()}
     if table is not None:
         if heads not in (None, table.shape[1]):
-            raise ValueError(f"it has {table.shape[1]} heads, not --heads {heads}")
+            raise ValueError(f"the file has {table.shape[1]} attention heads, got --heads {heads}")
         heads = table.shape[1]
     if heads is None and dim not in usual:
-        raise ValueError(f"its width {dim} is not a usual one: say how many heads it has (--heads)")
+        raise ValueError(f"cannot infer the number of attention heads from the width {dim}: set --heads")
     return dict(
         image_size=tuple(side * patch_size for side in grid),
         patch_size=patch_size,
@@ -174,7 +174,7 @@ def infer_arguments(
 
 
 def resize_positions(pos_embed: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Positions (1, 1 + N, D) of one grid of patches (rows, columns) for another one, bicubic as in MAE and DeiT."""
+    """Resize positions (1, 1 + N, D) from one grid (rows, columns) to another, bicubic as in MAE and DeiT."""
     patches = rearrange(pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=old[0], w=old[1])
     patches = F.interpolate(patches, size=new, mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], rearrange(patches, "1 d h w -> 1 (h w) d")], dim=1)
@@ -192,27 +192,27 @@ def load_encoder(
     drop_path: float = 0.0,
     log: Callable[[str], None] = print,
 ) -> ViT:
-    """The encoder in a loaded checkpoint of ours, or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
+    """Build the encoder of a loaded checkpoint: ours or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
 
-    `image_size` (H, W) other than the checkpoint's resizes the positions, absolute or relative. `heads`, `grid`, `mean`
-    and `std` (of pixels) are for what a public file does not say. `log` gets a line on what was assumed and one on what
-    matched. Raises ValueError where the file is neither a plain ViT nor a BEiT, or not whole, or a shape differs.
+    Another `image_size` (H, W) than the checkpoint's resizes the positions, absolute or relative. `heads`, `grid`,
+    `mean` and `std` (of pixels) give what a public file does not record. `log` gets one line about assumptions and one
+    about matched tensors. Raises ValueError if the file is not a plain ViT or BEiT, is incomplete, or a shape differs.
     """
     tensors, told = find_weights(checkpoint, weights), dict(mean=mean, std=std)
-    if "encoder" in checkpoint and "config" in checkpoint:  # ours says what it is
+    if "encoder" in checkpoint and "config" in checkpoint:  # our files record their settings
         arguments = checkpoint["encoder"]
         says = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | arguments
         says["grid"] = grid_size(arguments["image_size"], arguments["patch_size"])
         for name, value in dict(heads=heads, grid=grid, mean=mean, std=std).items():
             if value is not None and torch.tensor(value).tolist() != torch.tensor(says[name]).tolist():
-                raise ValueError(f"it is one of this project's files and says itself: --{name} {says[name]}")
+                raise ValueError(f"the file records --{name} {says[name]}: remove the flag, which has another value")
     else:
         arguments = infer_arguments(tensors, heads, grid) | {name: value for name, value in told.items() if value}
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
         if is_moco and heads is None and arguments["dim"] == 384:
-            arguments["heads"] = 12  # its ViT-S has twice the usual number
+            arguments["heads"] = 12  # MoCo v3's ViT-S has twice the usual number
         if not {"norm.weight", "fc_norm.weight"} & tensors.keys():
-            raise ValueError("it has no last norm: is it one of several files of a larger model?")
+            raise ValueError("the final norm is missing: maybe one of several files of a model")
         rows, columns = grid_size(arguments["image_size"], arguments["patch_size"])
         assumed = [] if grid else [f"{rows} x {columns} patches (--grid)"]
         assumed += [] if heads or "relative_positions" in arguments else [f"{arguments['heads']} heads (--heads)"]
@@ -232,9 +232,9 @@ def load_encoder(
 
 
 def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], None] = print) -> None:
-    """Copy an encoder's weights from `tensors`, and log what matched. Raises ValueError as `load_encoder` does.
+    """Copy an encoder's weights from `tensors` and log what matched. Raises ValueError as `load_encoder` does.
 
-    A last norm may be missing, which a mean-pooled classifier does not have, and biases of qkv, which are zeros then.
+    The final norm may be missing, as in a mean-pooled classifier, and biases of qkv, which are then zero.
     """
     own = encoder.state_dict()
     matched = {name: tensors[name] for name in own if name in tensors}
@@ -242,13 +242,13 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
     left_over = [name for name in tensors if name not in own and not name.startswith("fc_norm.")]  # of a classifier
     foreign = [name for name in left_over if name.startswith(ESSENTIAL)]
     if foreign:
-        raise ValueError(f"it is not a plain ViT, but has {', '.join(foreign[:3])} besides")
+        raise ValueError(f"not a plain ViT: unexpected tensors {', '.join(foreign[:3])}")
     for name, tensor in matched.items():
         if tensor.shape != own[name].shape:
-            raise ValueError(f"{name} is {tuple(tensor.shape)} there, {tuple(own[name].shape)} here")
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
     needed = [name for name in missing if not name.startswith("norm.") and not name.endswith("attn.qkv.bias")]
     if needed:
-        raise ValueError(f"it is not whole: {len(needed)} tensors are missing: {', '.join(needed[:5])}, ...")
+        raise ValueError(f"incomplete file: {len(needed)} tensors are missing: {', '.join(needed[:5])}, ...")
     encoder.load_state_dict(matched, strict=False)
 
     def few(names: list[str]) -> str:
@@ -256,7 +256,7 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
 
     log(
         f"weights {len(matched)} of {len(own)} tensors matched; {len(missing)} missing{few(missing)}; "
-        f"{len(left_over)} left over{few(left_over)}"
+        f"{len(left_over)} unused{few(left_over)}"
     )
 
 
@@ -267,34 +267,34 @@ def load_classifier(
     log: Callable[[str], None] = print,
     **options: Any,
 ) -> Classifier:
-    """The classifier in a loaded checkpoint of `finetune.py`, or a public one; `options` are those of `load_encoder`.
+    """Build the classifier of a loaded checkpoint, ours or public; `options` are those of `load_encoder`.
 
-    A public file with `fc_norm` pools the mean (MAE). Without, both are possible, and `pool` has to say. Raises
-    ValueError.
+    A public file with `fc_norm` uses mean pooling (MAE). Without `fc_norm`, `pool` must be given. Raises ValueError if
+    the file is incompatible or incomplete.
     """
     tensors = find_weights(checkpoint)
     head = tensors.get("head.weight")
     if head is None or any(name.startswith("pre_logits.") for name in tensors):
-        raise ValueError("it holds no classifier with a linear head (head.weight)")
+        raise ValueError("the file has no classifier with a linear head (head.weight)")
     known = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else None)
     if pool not in (None, known or pool):
-        raise ValueError(f"it was made for the other way to pool (--pool {known})")
+        raise ValueError(f"the classifier was trained with --pool {known}")
     if (pool or known) is None:
-        raise ValueError("it does not say what its head sees: --pool class (DeiT, most of timm) or --pool mean")
+        raise ValueError("the file does not record the pooling: set --pool class (DeiT, most of timm) or --pool mean")
     top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
     below = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     ours = {name: checkpoint[name] for name in ("config", "encoder") if name in checkpoint}
     encoder = load_encoder(ours | dict(model=below), log=log, **options)
-    by = "mean" if "fc_norm.weight" in tensors else "class"  # where the norm is; an exported probe's is the encoder's
+    by = "mean" if "fc_norm.weight" in tensors else "class"  # by the norm's place; probes have the encoder's
     model = Classifier(encoder, len(head), pool=by, frozen="fc_norm.running_mean" in tensors)
     model.pool = known or pool
     try:
         missing = model.load_state_dict(top, strict=False).missing_keys
-    except RuntimeError as error:  # the last line names a tensor and its shapes
+    except RuntimeError as error:  # its last line names a tensor and the shapes
         raise ValueError(str(error).splitlines()[-1].strip()) from None
     absent = [name for name in missing if not name.startswith("encoder.")]
     if absent:
-        raise ValueError(f"its head is not whole: {', '.join(absent)} missing")
+        raise ValueError(f"incomplete head: {', '.join(absent)} missing")
     return model
 
 
@@ -302,12 +302,12 @@ def load_classifier(
 
 
 def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
-    """An encoder's or classifier's weights by timm's names; a linear probe's BatchNorm is folded into its head.
+    """Return weights of an encoder or classifier by timm's names; a linear probe's BatchNorm is folded into the head.
 
-    Raises ValueError for BEiT, which timm's ViT is not.
+    Raises ValueError for a BEiT.
     """
     if isinstance(model.encoder if isinstance(model, Classifier) else model, BEiT):
-        raise ValueError("timm's plain ViT has no relative positions, so a BEiT is not exported")
+        raise ValueError("cannot export a BEiT: timm's plain ViT has no relative positions")
     tensors = {name.removeprefix("encoder."): tensor for name, tensor in model.state_dict().items()}
     if isinstance(model, Classifier) and model.frozen:
         mean, std = model.fc_norm.running_mean, (model.fc_norm.running_var + model.fc_norm.eps).sqrt()
@@ -318,12 +318,12 @@ def timm_weights(model: ViT | Classifier) -> dict[str, Tensor]:
 
 
 def model_name(encoder: ViT) -> str | None:
-    """The name in MODELS of an encoder's size."""
+    """Return the name in MODELS of an encoder's size, or None."""
     return next((name for name, size in MODELS.items() if size.items() <= encoder.arguments.items()), None)
 
 
 def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
-    """The call that makes the timm model which these weights fit, strictly, with the weights in the file `path`."""
+    """Return the call that builds the timm model for these weights, loaded from the file `path` if given."""
     encoder = model.encoder if isinstance(model, Classifier) else model
     sizes = encoder.arguments
     usual = {size["dim"]: name for name, size in MODELS.items() if name != "vit_mini"}
@@ -348,12 +348,12 @@ def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = runs.flag_parser(__doc__)
     add = parser.add_argument
-    add("file", help="a checkpoint of ours or a public file")
-    add("out", help="where to write it: .pt, .pth, .bin or .safetensors")
+    add("file", help="our checkpoint or a public file")
+    add("out", help="file to write: .pt, .pth, .bin or .safetensors")
     add_file_flags(add)
-    add("--pool", choices=POOLS, help="what a public classifier's head sees, if its file does not say")
+    add("--pool", choices=POOLS, help="pooling of a public classifier, if its file does not record it")
     add(
-        "--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width, or one number (default: its own)"
+        "--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width in pixels, or both (default: own)"
     )
     args = parser.parse_args(argv)
     checkpoint, size = runs.load(args.file), args.image_size and (args.image_size[0], args.image_size[-1])
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> None:
         runs.save_weights(Path(args.out), timm_weights(model), dict(method="export", config={}) | known)
     except ValueError as error:
         raise SystemExit(f"error: {args.file}: {error}") from None
-    print(f"written: {args.out}. It loads, strictly, into\n  {timm_call(model, args.out)}")
+    print(f"saved {args.out}; timm loads the file by\n  {timm_call(model, args.out)}")
 
 
 if __name__ == "__main__":
