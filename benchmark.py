@@ -1,9 +1,9 @@
-"""What PCAE costs: the poster's tables of properties, measured here, with the poster's numbers beside them.
+"""Measure the cost of PCAE: the poster's tables of speed and MACs, with the poster's numbers for comparison.
 
-python benchmark.py                                             all of it, ViT-Small, in minutes on a CPU
+python benchmark.py                                             all tables, ViT-Small, minutes on a CPU
 python benchmark.py pretrain --model vit_base                   one table, ViT-Base
 python benchmark.py --model vit_base --batch-size 256 --compile --markdown FILE.md          on a GPU
-python benchmark.py --report FILE.md                            one page about a GPU, in ten minutes
+python benchmark.py --report FILE.md                            one page on a GPU, in ten minutes
 """
 
 import argparse
@@ -41,33 +41,33 @@ ABLATIONS = [
 ]
 
 LEGEND = """
-Speed: how many times as fast as the first row, with which each row takes turns step by step, so that what slows the
-machine down for a while slows down both; median [least-greatest] of the rounds. The first row's own shows the noise.
-By MACs: the speed that multiply-accumulates alone predict. Of peak: MACs a second, as a share of a large matrix
-product's in the same rounds. Days: of 300 epochs of ImageNet at this speed, data in time; the poster's are of a device
-that it does not name, and not of this one."""
+Speed: relative to the first row, median [min-max] of the rounds. Each row takes turns with the first row, step by
+step, so a temporarily slow machine affects both. The speed of the first row itself shows the noise. By MACs: the speed
+predicted by multiply-accumulates alone. Of peak: MACs per second, as a fraction of a large matrix product's in the same
+rounds. Days: for 300 epochs of ImageNet at this speed, without waiting for data. The poster's days are for an unnamed
+device."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None) -> tuple[float, str]:
-    """Images a second, and cells with it, "images/s | speed | by MACs | poster | of peak"; `steps` and their `macs` are
-    the first row's and this row's."""
+    """Return images/s and the cells "images/s | speed | by MACs | poster | of peak"; `steps` and `macs` are of the
+    first row and this row."""
     size = 1024 if args.device.type == "cpu" else 8192
     a = torch.randn(size, size, device=args.device)
     with training.autocast(args.device, args.precision):
-        a = a @ a / size**0.5  # of the type that the models' products are computed in
-    # Each step comes right after a product, so that both find the caches alike.
+        a = a @ a / size**0.5  # in the precision of the models' products
+    # Each step follows a product, so the caches are in the same state for both steps.
     _, first, product, this = by_turns(args, lambda: a @ a, steps[0], lambda: a @ a, steps[1])
     images_per_second = args.batch_size / median(this)
-    share = macs[1] * images_per_second / (size**3 / median(product))
+    ratio = macs[1] * images_per_second / (size**3 / median(product))
     by_macs, by_poster = f"{macs[0] / macs[1]:.2f}", f"{poster:.2f}" if poster else ""
-    return images_per_second, f"{images_per_second:,.2f} | {speed(first, this)} | {by_macs} | {by_poster} | {share:.0%}"
+    return images_per_second, f"{images_per_second:,.2f} | {speed(first, this)} | {by_macs} | {by_poster} | {ratio:.0%}"
 
 
 def kept_for_backward(model: nn.Module, images: Tensor) -> int:
-    """Bytes that the forward pass of images (B, C, H, W) keeps for the backward pass, each storage counted once."""
+    """Return the bytes that the forward pass of images (B, C, H, W) keeps for backward, each storage counted once."""
     storages: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def kept_for_backward(model: nn.Module, images: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
-        output = model(images)  # holds them until it is deleted: no address is used twice
+        output = model(images)  # keeps the storages alive, so no address is reused
     del output
     return sum(storages.values())
 
@@ -84,7 +84,7 @@ def kept_for_backward(model: nn.Module, images: Tensor) -> int:
 
 
 def training_table(args: argparse.Namespace, title: str, cases: list[tuple]) -> Iterator[str]:
-    """A row for each case. It takes turns with the first one only: memory might not hold the weights of all."""
+    """Yield a row per case. Rows take turns only with the first row, because not all weights may fit in memory."""
     yield f"""
 ## Pre-training: {title}
 
@@ -97,7 +97,7 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
         try:
             model = build(args, method, *options).to(args.device)
         except ValueError as error:  # more stages than blocks, or too few patches
-            yield f"| {name} | left out: {error} |"
+            yield f"| {name} | skipped: {error} |"
             continue
         step = training_step(model, images, args.precision, args.compile)
         macs = profiling.count_macs(model, torch.zeros(1, *shape), backward=True)
@@ -106,7 +106,7 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
         days = 300 * IMAGENET / images_per_second / 86_400
         cells += f" | {days:,.0f}" if days >= 100 else f" | {days:.3g}"
         cells += f" | {poster_days}"
-        with training.autocast(args.device, args.precision):  # what a second image adds: no weights. Not compiled
+        with training.autocast(args.device, args.precision):  # the memory per image, without weights; not compiled
             one, two = (kept_for_backward(model, torch.randn(n, *shape, device=args.device)) for n in (1, 2))
         peak = ""
         if args.device.type == "cuda":
@@ -121,13 +121,14 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
 def pretraining(args: argparse.Namespace) -> Iterator[str]:
     yield from training_table(args, "one step of each method", PRETRAINING)
     yield """
-The poster's numbers are of ViT-B/16 at 224 pixels. MAE's decoder has 8 blocks; PCAE's the poster does not say, and 2
-fit. Much of PCAE's lead over MAE is that light decoder: compare the two with 2 blocks in both, and with 8 in both."""
+The poster's numbers are for ViT-B/16 at 224 pixels. MAE's decoder has 8 blocks. The poster does not state PCAE's
+decoder; 2 blocks fit its numbers. Much of PCAE's lead over MAE comes from the light decoder: compare the two with 2
+blocks in both, and with 8 in both."""
 
 
 def ablations(args: argparse.Namespace) -> Iterator[str]:
     yield from training_table(args, "stages x drop ratio", ABLATIONS)
-    yield "\nThe first row is the paper's setting. Of how many epochs the poster's GPU days are, it does not say."
+    yield "\nThe first row is the paper's setting. The poster does not state the number of epochs of these GPU days."
 
 
 # --- inference and data -----------------------------------------------------------------------------------------------
@@ -135,7 +136,7 @@ def ablations(args: argparse.Namespace) -> Iterator[str]:
 
 @torch.no_grad()
 def inference(args: argparse.Namespace) -> Iterator[str]:
-    """Table 5 of the poster: PTR in a classifier of 1,000 classes."""
+    """Yield Table 5 of the poster: PTR in a classifier of 1,000 classes."""
     encoder = ViT((args.image_size, args.image_size), args.patch_size, **MODELS[args.model])
     classifier = Classifier(encoder, 1000).to(args.device).eval()
     forward = torch.compile(classifier, dynamic=False) if args.compile else classifier
@@ -160,12 +161,12 @@ def inference(args: argparse.Namespace) -> Iterator[str]:
         _, cells = timed(args, steps, [first_macs, macs], poster_speed)
         yield f"| {ratio:g} | {tokens} | {macs / 1e9:#.4g} | {poster_gmacs:.2f} | {cells} |"
     yield """
-The poster's numbers are of ViT-B/16. After which blocks it drops it does not say; of all regular placements 1 and 5 of
-12, counted from 0, are nearest to its MACs."""
+The poster's numbers are for ViT-B/16. The poster does not state the blocks. Of all regular placements, blocks 1 and 5
+of 12, counted from 0, are closest to its MACs."""
 
 
 def loading(args: argparse.Namespace) -> Iterator[str]:
-    """Images a second that one core reads, beside Pillow, ToTensor and Normalize."""
+    """Yield the images/s that one core reads, compared with Pillow, ToTensor and Normalize."""
     size, count, num_threads = (args.image_size, args.image_size), 32, torch.get_num_threads()
     crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]
@@ -176,7 +177,7 @@ def loading(args: argparse.Namespace) -> Iterator[str]:
 | read | images/s | speed |
 | --- | --- | --- |"""
     with tempfile.TemporaryDirectory() as folder:
-        for i in range(count):  # smooth colours and some noise: files as large as photographs, 80 KB
+        for i in range(count):  # smooth colours and noise: 80 KB per file, like photographs
             pixels = 0.85 * tvf.resize(torch.rand(3, 24, 32), [375, 500]) + 0.15 * torch.rand(3, 375, 500)
             tvf.to_pil_image(pixels.clamp(0, 1)).save(f"{folder}/{i}.jpg", quality=90)
         paths = list(Path(folder).iterdir())
@@ -196,8 +197,8 @@ def loading(args: argparse.Namespace) -> Iterator[str]:
     for name, this in zip(readers, times, strict=True):
         yield f"| {name} | {count / median(this):,.0f} | {speed(times[0], this)} |"
     yield f"""
-Files of 500 x 375 pixels, random crops resized to {args.image_size}; {count} images at once. What pretrain.py reads
-stays in bytes, and the device normalises it."""
+Files of 500 x 375 pixels, random crops resized to {args.image_size}; {count} images at once. pretrain.py keeps images
+as bytes, and the device normalises them."""
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -208,20 +209,20 @@ SECTIONS = {"pretrain": pretraining, "ablations": ablations, "inference": infere
 def main(argv: list[str] | None = None) -> None:
     parser = runs.flag_parser(__doc__)
     add = parser.add_argument
-    usual = "vit_small; for --report: vit_small, vit_base and vit_large, on a CPU vit_mini and vit_tiny"
-    batch = "images per step (default: 8; for --report on a GPU: 4096, halved until they fit in its memory)"
+    usual = "vit_small; --report: vit_small, vit_base and vit_large; on a CPU vit_mini and vit_tiny"
+    batch = "images per step (default: 8; --report on a GPU: 4096, halved until they fit in its memory)"
     page = (
-        "write one page to this file instead, within ten minutes (on a CPU: three): machine, training, inference, data"
+        "write only one page to this file, within ten minutes (three on a CPU): machine, training, inference and data"
     )
-    add("section", nargs="?", default="all", choices=("all", *SECTIONS), help="which tables")
-    add("--model", choices=MODELS, help=f"encoder (default: {usual})")
-    add("--image-size", type=int, default=224, help="pixels of a side")
-    add("--patch-size", type=int, default=16, help="pixels of a side")
-    add("--decoder-dim", type=int, help="decoder width (default: two thirds of the encoder's, 512 at most)")
+    add("section", nargs="?", default="all", choices=("all", *SECTIONS), help="tables to measure")
+    add("--model", choices=MODELS, help=f"size of the encoder (default: {usual})")
+    add("--image-size", type=int, default=224, help="side of an image in pixels")
+    add("--patch-size", type=int, default=16, help="side of a patch in pixels")
+    add("--decoder-dim", type=int, help="decoder width (default: two thirds of the encoder's, at most 512)")
     add("--batch-size", type=int, help=batch)
-    add("--rounds", type=int, default=3, help="steps of each row that count; one more warms up")
-    add("--compile", action="store_true", help="torch.compile the models: minutes for each row")
-    add("--markdown", metavar="FILE", help="write the tables to this file, too")
+    add("--rounds", type=int, default=3, help="timed steps per row, after one to warm up")
+    add("--compile", action="store_true", help="torch.compile the models: minutes per row")
+    add("--markdown", metavar="FILE", help="also write the tables to this file")
     add("--report", metavar="FILE", help=page)
     runs.add_device_flags(add)
     args = parser.parse_args(argv)
@@ -231,23 +232,23 @@ def main(argv: list[str] | None = None) -> None:
     models = [args.model] if args.model else usual
     args.model = models[-1]
     if min(args.batch_size, args.rounds) < 1:
-        raise SystemExit("error: --batch-size and --rounds must be 1 or more")
+        raise SystemExit(f"error: expected at least 1, got --batch-size {args.batch_size}, --rounds {args.rounds}")
     try:
         with torch.device("meta"):
             build(args, *PRETRAINING[0][1:-2])
-    except ValueError as error:  # the sizes do not fit together
+    except ValueError as error:  # sizes that do not fit together
         raise SystemExit(f"error: {error}") from None
-    torch._dynamo.config.recompile_limit = 64  # one static graph for each row; beyond 8 torch would give up
+    torch._dynamo.config.recompile_limit = 64  # one static graph per row; torch's limit is 8
     torch.manual_seed(args.seed)
     on = torch.cuda.get_device_name() if args.device.type == "cuda" else f"{torch.get_num_threads()} CPU thread(s)"
-    head = f"{args.model}/{args.patch_size} at {args.image_size} pixels, {args.batch_size} images a step, "
+    head = f"{args.model}/{args.patch_size} at {args.image_size} pixels, {args.batch_size} images per step, "
     head += f"precision {args.precision}{', compiled' * args.compile}; {on}, torch {torch.__version__}"
     tables = [[head, LEGEND]] + [make(args) for name, make in SECTIONS.items() if args.section in (name, "all")]
     if args.report:
         tables = [report(args, models, [inference, loading])]
     with open(args.report or args.markdown or os.devnull, "w", encoding="utf-8") as file:
         for table in tables:
-            for text in table:  # as soon as it is measured
+            for text in table:  # as soon as measured
                 tqdm.write(text)
                 print(text, file=file, flush=True)
 

@@ -1,4 +1,4 @@
-"""What benchmark.py times: training steps, by turns; and its `--report`, one page on the speed of a machine."""
+"""Training steps that benchmark.py times in turns, and its `--report`, one page on the speed of a machine."""
 
 import argparse
 import os
@@ -21,16 +21,16 @@ from util import profiling, training
 
 IMAGENET = 1_281_167  # images
 
-# What is trained: name, method, mask ratio, decoder blocks, stages and drop ratio of PTR; then the poster's speed, by
-# its images a second (Table 4) or its GPU days an epoch, and these days, of 300 epochs where nothing is said.
+# Training steps: name, method, mask ratio, decoder blocks, stages and drop ratio of PTR; then the poster's speed, from
+# its images/s (Table 4) or its GPU days per epoch, and these days, for 300 epochs unless stated otherwise.
 PRETRAINING = [
-    ("PCAE, mask .75, decoder 2", PCAE, 0.75, 2, (3, 0.5), 1.0, "10.1"),
-    ("PCAE, mask .85, decoder 2", PCAE, 0.85, 2, (3, 0.5), 739.7 / 550.5, ""),
-    ("PCAE, mask .90, decoder 2", PCAE, 0.90, 2, (3, 0.5), 876.1 / 550.5, ""),
-    ("MAE, mask .75, decoder 8", MAE, 0.75, 8, None, 10.1 / 15.4, "15.4"),
-    ("SimMIM, mask .75", SimMIM, 0.75, None, None, (10.1 / 300) / (54.1 / 800), "54.1 for 800 epochs"),
-    ("MAE, mask .75, decoder 2", MAE, 0.75, 2, None, None, ""),
-    ("PCAE, mask .75, decoder 8", PCAE, 0.75, 8, (3, 0.5), None, ""),
+    ("PCAE, mask 0.75, decoder 2", PCAE, 0.75, 2, (3, 0.5), 1.0, "10.1"),
+    ("PCAE, mask 0.85, decoder 2", PCAE, 0.85, 2, (3, 0.5), 739.7 / 550.5, ""),
+    ("PCAE, mask 0.90, decoder 2", PCAE, 0.90, 2, (3, 0.5), 876.1 / 550.5, ""),
+    ("MAE, mask 0.75, decoder 8", MAE, 0.75, 8, None, 10.1 / 15.4, "15.4"),
+    ("SimMIM, mask 0.75", SimMIM, 0.75, None, None, (10.1 / 300) / (54.1 / 800), "54.1 for 800 epochs"),
+    ("MAE, mask 0.75, decoder 2", MAE, 0.75, 2, None, None, ""),
+    ("PCAE, mask 0.75, decoder 8", PCAE, 0.75, 8, (3, 0.5), None, ""),
     ("PCAE without PTR, decoder 2", PCAE, 0.75, 2, (0, 0.0), None, ""),
 ]
 
@@ -71,20 +71,20 @@ def training_step(model: PCAE | MAE | SimMIM, images: Tensor, precision: str, co
 
 
 def by_turns(args: argparse.Namespace, *functions: Callable) -> list[list[float]]:
-    """Return the seconds of each function in each round. They take turns; one more round, the first, warms up."""
+    """Return the seconds of each function in each round. Functions take turns; an extra first round warms up."""
     times = [[profiling.seconds(function, args.device) for function in functions] for _ in range(args.rounds + 1)]
     return [list(of_one) for of_one in zip(*times[1:], strict=True)]
 
 
 def speed(first: list[float], this: list[float]) -> str:
-    """Return how many times as fast this is, in rounds by turns: median [least-greatest]."""
+    """Format the speed of `this` relative to `first` over rounds in turns: median [min-max]."""
     ratios = [theirs / ours for theirs, ours in zip(first, this, strict=True)]
     return f"{median(ratios):.2f} [{min(ratios):.2f}-{max(ratios):.2f}]"
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
-SECONDS = dict(cuda=600, cpu=180)  # for the page, by kind of device
+SECONDS = dict(cuda=600, cpu=180)  # time limit of the report, by kind of device
 PEAKS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12}  # FLOP/s in bf16 without sparsity, from the datasheets
 
 HEAD = """
@@ -92,30 +92,30 @@ HEAD = """
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
 LEGEND = """
 Batch: {batch} images, halved until they fit in the GPU's memory. Speed: images/s relative to the first row of the
-table; the two take turns, and the cell shows the median [least-greatest] of the rounds. By MACs: the speed predicted by
+table; the two take turns, and the cell shows the median [min-max] of the rounds. By MACs: the speed predicted by
 multiply-accumulates alone. MFU: two FLOP per MAC, as a fraction of the datasheet's peak. Of a product: the same, as a
-fraction of the matrix product above. Memory: peak during a step, weights and optimizer included. Days: for 300 epochs
+fraction of the matrix product above. Memory: peak during a step, including weights and optimizer. Days: for 300 epochs
 of ImageNet."""
 
 
 def report_models(device: torch.device) -> list[str]:
-    """Return the encoders that a report on this device is about."""
+    """Return the encoders of a report on this device."""
     return ["vit_mini", "vit_tiny"] if device.type == "cpu" else ["vit_small", "vit_base", "vit_large"]
 
 
 def report(
     args: argparse.Namespace, models: list[str], sections: list[Callable[[argparse.Namespace], Iterator[str]]]
 ) -> Iterator[str]:
-    """Yield the page, part by part: machine, training steps, `sections`, compiled steps. An error ends only its row."""
+    """Yield the page in parts: machine, training steps, `sections`, compiled steps. An error ends only its own row."""
     kind = args.device.type
     end = time.perf_counter() + SECONDS.get(kind, 600)
     pcae, _, _, mae, simmim = eager = PRETRAINING[:5]
     compiled = [[pcae], [mae, simmim]] if kind == "cuda" or args.compile else []
     bar = tqdm(total=len(models) * (5 + 5 * bool(compiled)) + len(sections), unit=" rows", leave=False)
-    batch_sizes: dict[tuple[str, str], int] = {}  # that fit, by encoder and name of the step
+    batch_sizes: dict[tuple[str, str], int] = {}  # that fit in memory, by encoder and name of the step
 
     def table(model: str, cases: list[tuple[tuple, bool]]) -> Iterator[str]:
-        """Yield the rows of one encoder: steps and whether they are compiled, which takes one or two minutes each."""
+        """Yield the rows of one encoder. `cases`: step, and whether to compile it, which takes one or two minutes."""
         yield f"\n## {model}/{args.patch_size} at {args.image_size} pixels, training\n{HEAD}"
         first: list = []
         for case, is_compiled in cases:
@@ -123,7 +123,7 @@ def report(
             settings = with_settings(args, model=model, batch_size=batch_sizes.get(key, args.batch_size))
             try:
                 if end - time.perf_counter() < (150 if is_compiled else 30 if kind == "cuda" else 15):
-                    raise RuntimeError("left out for lack of time")
+                    raise RuntimeError("skipped: time limit of the report")
                 batch_sizes[key], cells = training_cells(settings, case, is_compiled, first)
             except RuntimeError as error:
                 cells = one_line(error)
@@ -155,14 +155,14 @@ def with_settings(args: argparse.Namespace, **settings: object) -> argparse.Name
 
 
 def one_line(error: Exception) -> str:
-    """Return an error in few words, for a row of a table."""
+    """Shorten an error to one line for a row of a table."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     return (str(error).splitlines() or [type(error).__name__])[0][:120].replace("|", "/")
 
 
 def machine(args: argparse.Namespace) -> Iterator[str]:
-    """Yield a table of what the numbers depend on."""
+    """Yield a table of hardware, software and precision."""
     on_card = args.device.type == "cuda"
     name = torch.cuda.get_device_name() if on_card else args.device.type
     yield f"# Speed on {name}\n\n| | |\n| --- | --- |\n| system | {platform.platform()}, {os.cpu_count()} cores |"
@@ -180,7 +180,7 @@ def machine(args: argparse.Namespace) -> Iterator[str]:
 
 
 def matrix_product(args: argparse.Namespace) -> float:
-    """Measure the FLOP/s of a large matrix product, in the type of the models' products."""
+    """Measure the FLOP/s of a large matrix product in the precision of the models."""
     size = 1024 if args.device.type == "cpu" else 8192
     a = torch.randn(size, size, device=args.device)
     with training.autocast(args.device, args.precision):
@@ -190,7 +190,7 @@ def matrix_product(args: argparse.Namespace) -> float:
 
 
 def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> tuple[Callable, int]:
-    """Return the step for a batch that fits, and its size: `batch_size`, halved until it does not run out of memory."""
+    """Return a step that fits in memory, and its batch size: `batch_size`, halved until the step does not fail."""
     while True:
         try:
             step = make_step(batch_size)
@@ -199,13 +199,13 @@ def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> t
         except torch.OutOfMemoryError:
             if batch_size == 1:
                 raise
-        step, batch_size = None, batch_size // 2  # behind the `except`, whose error holds the tensors of the step
+        step, batch_size = None, batch_size // 2  # after the `except`, whose error keeps the step's tensors alive
 
 
 def training_cells(args: argparse.Namespace, case: tuple, compiled: bool, first: list) -> tuple[int, str]:
-    """Return the batch size that fits and a row's cells.
+    """Return the batch size that fits in memory, and the cells of a row.
 
-    The step is measured by turns with `first`: a step, its batch size and its MACs, which the first row fills in.
+    The step takes turns with `first`: step, batch size and MACs of the first row, which fills the list.
     """
     _, method, *options, _, _ = case
     shape, on_card = (3, args.image_size, args.image_size), args.device.type == "cuda"
@@ -232,7 +232,7 @@ def training_cells(args: argparse.Namespace, case: tuple, compiled: bool, first:
     for _ in range(args.rounds):
         times.append([])
         for function, size in turns:
-            function()  # gets its memory back from the other one, which takes time
+            function()  # reallocates memory after the other step, which takes time
             times[-1].append(profiling.seconds(function, args.device, calls=2) / size)
     reference, this = zip(*times, strict=True)
     images_per_second = 1 / median(this)
