@@ -1,1 +1,1 @@
-"""What the scripts share and a reader of the method can skip: nothing in here imports from the level above."""
+"""Helpers of the scripts, not needed to understand the method. Modules here import nothing from the level above."""

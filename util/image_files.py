@@ -1,4 +1,4 @@
-"""Image files: any kind that Pillow reads as upright RGB, folders of them, class folders."""
+"""Image files: read any format of Pillow as upright RGB; folders of images, class folders."""
 
 import os
 import struct
@@ -11,32 +11,32 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 
-try:  # JPEG about twice as fast as by Pillow; torchvision's is announced to leave in favour of torchcodec's
+try:  # about twice as fast as Pillow; torchvision announced to drop its decoder in favour of torchcodec's
     from torchcodec.decoders import decode_jpeg
-except (ImportError, RuntimeError):  # RuntimeError: it does not find its libraries
+except (ImportError, RuntimeError):  # RuntimeError: its libraries are missing
     try:
         from torchvision.io import decode_jpeg
     except ImportError:
         decode_jpeg = None
 
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # a long text or colour profile beside good pixels is no reason to refuse them
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # long texts or colour profiles must not make an image unreadable
 PngImagePlugin.MAX_TEXT_MEMORY = 2**28
 SUFFIXES = (*IMG_EXTENSIONS, ".jfif", ".jpe", ".gif", ".avif")
 
-# What Pillow's parsers raise on broken files; OSError covers missing, truncated and unidentified ones.
+# Raised by Pillow's parsers on broken files; OSError covers missing, truncated and unidentified files.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, EOFError, struct.error)
 DECODING_ERRORS += (Image.DecompressionBombError,)
 
 
 class UnreadableImage(Exception):
-    """An image file that cannot be decoded; the message names it."""
+    """Error for an image file that cannot be decoded; the message names the file."""
 
 
 def read_image(path: str | Path, upright: bool = True) -> Tensor:
-    """Any image file as RGB, uint8 (3, H, W), turned as its EXIF says if `upright`: of an animation the first frame.
+    """Read an image file as RGB, uint8 (3, H, W), rotated by its EXIF if `upright`; of an animation, the first frame.
 
-    JPEG is decoded by `decode_jpeg` (the same pixels), all else, what that refuses and what is to be turned by Pillow,
-    which also looks at every header first. Raises UnreadableImage.
+    Pillow checks every header. `decode_jpeg` decodes JPEG files (to the same pixels), Pillow everything else: other
+    formats, files that `decode_jpeg` rejects, images to rotate. Raises UnreadableImage.
     """
     try:
         with Image.open(path) as image:
@@ -45,27 +45,27 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
                     content = torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8)
                     return decode_jpeg(content, mode="RGB")
                 except RuntimeError:
-                    pass  # rare encodings, or broken: Pillow knows
+                    pass  # a rare encoding or a broken file: left to Pillow
             if upright:
                 try:
                     ImageOps.exif_transpose(image, in_place=True)
                 except DECODING_ERRORS:
-                    pass  # broken EXIF says nothing of the pixels
+                    pass  # broken EXIF does not make the pixels unreadable
             return tvf.pil_to_tensor(to_rgb(image))
     except DECODING_ERRORS as error:
         raise UnreadableImage(f"{path}: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Pillow image of any mode -> RGB: 16-bit grey is scaled (Pillow would clip it), transparency lies on white.
+    """Convert a Pillow image of any mode to RGB: scale 16-bit grey (Pillow would clip it), put transparency on white.
 
-    Raises ValueError for floats and 32-bit integers: what is black and what is white there, nobody knows.
+    Raises ValueError for floats and 32-bit integers, because their black and white levels are unknown.
     """
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
-        raise ValueError(f"numbers of unknown range (Pillow's mode {image.mode}): save it with 8 or 16 bits")
-    if image.mode.startswith("I"):  # "I;16" and its kin
+        raise ValueError(f"unknown range of values (Pillow's mode {image.mode}): save the image with 8 or 16 bits")
+    if image.mode.startswith("I"):  # "I;16" and similar
         image = image.convert("I").point(lambda value: value / 256).convert("L")
-        image.info.pop("transparency", None)  # one of the 16-bit greys, which no 8-bit one can stand for
+        image.info.pop("transparency", None)  # a 16-bit grey level, invalid with 8 bits
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -73,20 +73,20 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is a system's own: ._photo.jpg of a Mac, @eaDir with the thumbnails of a storage."""
+    """Return whether a system created a file or folder: ._photo.jpg of macOS, @eaDir with thumbnails of a NAS."""
     return name.startswith((".", "@"))
 
 
 def is_image_file(path: str) -> bool:
-    """Whether a path's end says that it is an image, and not in a hidden folder or hidden itself."""
+    """Return whether a path has an image suffix and neither file nor folder is hidden."""
     folder, name = os.path.split(path)
     return name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_hidden(os.path.basename(folder))
 
 
 def list_images(folder: Path) -> tuple[list[str], int]:
-    """All image files below `folder`, sorted, and the number of other files.
+    """Return all image files below `folder`, sorted, and the number of other files.
 
-    Linked folders are followed, but each folder is visited once, and none that `folder` lies in.
+    Follows links, but visits each folder once and never a parent of `folder`.
     """
     found, others, visited = [], 0, {str(parent) for parent in folder.resolve().parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -103,14 +103,14 @@ def list_images(folder: Path) -> tuple[list[str], int]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """All image files below `folder`, sorted, at least one. Prints how many files are not images."""
+    """Return all image files below `folder`, sorted, at least one. Prints the number of other files."""
     found, others = list_images(folder)
     if not folder.is_dir():
-        raise SystemExit(f"error: there is no folder {folder}, nor a data set of this name (--data)")
+        raise SystemExit(f"error: --data: {folder} is neither a folder nor the name of a data set")
     if not found:
-        raise SystemExit(f"error: the folder {folder} holds no image files ({' '.join(SUFFIXES)})")
+        raise SystemExit(f"error: --data: no image files in the folder {folder} ({' '.join(SUFFIXES)})")
     if others:
-        print(f"{others:,} files in {folder} are no images ({' '.join(SUFFIXES)})")
+        print(f"{others:,} files in {folder} are not images ({' '.join(SUFFIXES)})")
     return found
 
 
@@ -130,19 +130,19 @@ class ImageFiles(Dataset):
 
 
 class ClassFolders(Dataset):
-    """Image files in one folder per class. Label i is `classes[i]`: as given, or the folders' names, sorted."""
+    """Image files in one folder per class. Label i is `classes[i]`: as given, or the sorted folder names."""
 
     def __init__(self, folder: Path, classes: list[str] | None = None):
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
         found = {name: list_images(folder / name)[0] for name in names}
         empty = [name for name in names if not found[name]]
         if empty:
-            print(f"left out of {folder}, as they hold no images: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
+            print(f"skipped folders without images in {folder}: {', '.join(empty[:5])}{', ...' * (len(empty) > 5)}")
         filled = [name for name in names if found[name]]
         self.classes = filled if classes is None else classes
         unknown = [name for name in filled if name not in self.classes]
         if unknown:
-            raise SystemExit(f"error: --data: {folder} has classes that were not trained on: {', '.join(unknown[:5])}")
+            raise SystemExit(f"error: --data: {folder} has classes unknown in training: {', '.join(unknown[:5])}")
         samples = [(path, self.classes.index(name)) for name in filled for path in found[name]]
         self.paths, self.targets = [path for path, _ in samples], [label for _, label in samples]
 
@@ -154,16 +154,16 @@ class ClassFolders(Dataset):
 
 
 def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolders:
-    """The images of `folder`, which has a folder per class: at least two, or with `classes` some of those."""
+    """Return the images of `folder`, which has a folder per class: at least two, or some of `classes`."""
     try:
         images = ClassFolders(folder, classes)
     except OSError as error:
         raise SystemExit(f"error: --data: labels need train/ and val/ with a folder per class ({error})") from None
     if not len(images):
-        raise SystemExit(f"error: --data: there are no images in the class folders of {folder}")
+        raise SystemExit(f"error: --data: the class folders of {folder} are empty")
     if len(images.classes) < 2:
         raise SystemExit(
-            f"error: --data: {folder} has images of one class only, {images.classes[0]}: the folders in it must be the "
-            "classes, not a folder that holds them"
+            f"error: --data: {folder} has a single class, {images.classes[0]}: expected one folder per class directly "
+            "below, at least two"
         )
     return images

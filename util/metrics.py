@@ -15,18 +15,18 @@ from util.training import World, autocast, batches, check_readable, gather_lists
 
 
 class StepMetrics:
-    """The numbers of one training step: means over its micro-batches and over the processes."""
+    """Metrics of one training step: means over micro-batches and processes."""
 
     def __init__(self, accumulate: int):
         self.accumulate, self.sums = accumulate, {}
 
     def update(self, **values: Tensor) -> None:
-        """Add a micro-batch's numbers, and `mean_direction`s (D,), whose spread is what will be logged."""
+        """Add the metrics of a micro-batch: numbers, or `mean_direction`s (D,), which are logged as their spread."""
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value.detach().reshape(-1) / self.accumulate
 
     def compute(self, grad_norm: Tensor) -> dict[str, float]:
-        """All numbers by name. The one time in a step that the host waits for the device."""
+        """Return all metrics by name. Only here does the host wait for the device, once per step."""
         means = mean_over_processes(torch.cat(list(self.sums.values())))
         parts = means.split([len(value) for value in self.sums.values()])
         scalars = [part[0] if len(part) == 1 else spread(part) for part in parts]
@@ -34,7 +34,7 @@ class StepMetrics:
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
-    """The mean over an epoch's steps that were taken; those `skipped` had a loss or gradient that is not finite."""
+    """Average an epoch's steps; count as `skipped` those whose loss or gradient is not finite."""
     taken = [step for step in steps if is_finite(step)]
     mean = {name: sum(step[name] for step in taken) / len(taken) if taken else None for name in steps[0]}
     return mean | dict(skipped=len(steps) - len(taken))
@@ -45,23 +45,23 @@ def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
 
 @torch.no_grad()
 def mean_direction(tokens: Tensor) -> Tensor:
-    """The mean (D,) of the unit vectors of tokens (B, R, D): short if they point everywhere, long if all in one way."""
+    """Return the mean (D,) of the unit vectors of tokens (B, R, D): length 0 if spread evenly, 1 if all are equal."""
     return F.normalize(tokens.float(), dim=-1).mean(dim=(0, 1))
 
 
 def spread(direction: Tensor) -> Tensor:
-    """Standard deviation of unit vectors around their mean (D,), over all directions: sqrt(1 - |mean|^2).
+    """Return the standard deviation of unit vectors around their mean (D,): sqrt(1 - |mean|^2).
 
-    About 1: they point everywhere. 0: all in one direction, which is what a collapsed teacher or predictor looks like.
+    About 1 if the vectors point everywhere; 0 if all are equal, as after a collapse of the teacher or the predictor.
     """
     return (1 - direction.square().sum()).clamp(min=0).sqrt()
 
 
 def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) -> str | None:
-    """What is wrong by the last row of a pre-training's log, if anything is.
+    """Return a warning if the last row of a pre-training log shows useless targets, else None.
 
-    Targets may point in one direction (`target_std`), or be spread out and useless: then the k-NN accuracy did not rise
-    above that of the untrained encoder. Features can be worse at first, so this counts from half of the epochs on.
+    Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is not above that of the untrained
+    encoder. The second check starts after half of the epochs, because features can be worse at first.
     """
     row, scores = history[-1], [row["knn"] for row in history if "knn" in row]
     if (row.get("target_std") or 1.0) < 0.2:
@@ -80,13 +80,13 @@ def predict(
     world: World,
     num_batches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`function` of every readable image, each exactly once, and the labels: float32 (n, ...), (n,), on the CPU.
+    """Return `function` of all readable images, each once, and the labels: float32 (n, ...), (n,), on the CPU.
 
-    Each process works on its part of the images, or `num_batches` batches of it, and gets the results of all.
+    Each process computes its shard, or `num_batches` batches of it, and gets the results of all processes.
     """
     results: list[tuple[Tensor, Tensor, int]] = []
     chosen = itertools.islice(batches(loader), num_batches)
-    for images, labels, readable in tqdm(chosen, "scoring", len(loader), leave=False, disable=world.hides_bars):
+    for images, labels, readable in tqdm(chosen, "evaluating", len(loader), leave=False, disable=world.hides_bars):
         with autocast(world.device, precision):
             outputs = function(normalize(images)).float().cpu()
         results.append((outputs[readable], labels[readable], len(labels)))
@@ -94,7 +94,7 @@ def predict(
     outputs, labels = map(torch.cat, parts)
     check_readable(sum(counts) - len(labels), sum(counts))
     if not len(labels):
-        raise SystemExit("error: --data: not one of the images to score can be read")
+        raise SystemExit("error: --data: all images of the evaluation are unreadable")
     return outputs, labels
 
 
@@ -107,7 +107,7 @@ def feature_statistics(
     world: World,
     num_batches: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Mean and variance (D,) of `function`'s features (B, D) over the readable images of all processes, in float64."""
+    """Return mean and variance (D,) of the features `function` (B, D) of all readable images, in float64."""
     sums = 0  # of ones, features and their squares: (3, D)
     chosen = itertools.islice(batches(loader), num_batches)
     for images, _, readable in tqdm(chosen, "statistics", len(loader), leave=False, disable=world.hides_bars):
@@ -122,13 +122,13 @@ def feature_statistics(
 
 
 def topk_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
-    """Share of labels (n,) among the `k` largest of their logits (n, classes); all of them where there are fewer."""
+    """Return the fraction of labels (n,) among the `k` largest logits (n, classes), or among all if there are fewer."""
     top = logits.topk(min(k, logits.shape[1]), dim=1).indices
     return (top == labels[:, None]).any(dim=1).double().mean().item()
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Loss, and top-1 and top-5 accuracy in [0, 1], of logits (n, classes) for labels (n,)."""
+    """Return loss, top-1 and top-5 accuracy in [0, 1] of logits (n, classes) for labels (n,)."""
     return dict(
         val_loss=F.cross_entropy(logits, labels).item(),
         top1=topk_accuracy(logits, labels, 1),
@@ -137,13 +137,13 @@ def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Features (n, D) with the bank's mean and deviation taken out, so that what all share says nothing."""
+    """Standardise features (n, D) by mean and standard deviation of the bank, so a common offset has no effect."""
     mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
     return (bank - mean) / std, (queries - mean) / std
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
-    """Accuracy in [0, 1] of a vote among the `k` nearest of a bank (n, D), weighted by exp(cosine / .07) as in DINO."""
+    """Return the k-NN accuracy in [0, 1]: the nearest of `bank` (n, D) vote by exp(cosine / 0.07), as in DINO."""
     bank, queries = (F.normalize(x, dim=1) for x in standardise(bank, queries))
     num_right = 0
     for part, labels in zip(queries.split(1000), query_labels.split(1000), strict=True):  # n x n would not fit
@@ -157,9 +157,9 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
 def linear_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ridge: float = 1.0
 ) -> float:
-    """Accuracy in [0, 1] of the linear classifier that ridge regression of one-hot labels on the bank gives.
+    """Return the accuracy in [0, 1] of a ridge-regression probe: one-hot labels regressed on the bank.
 
-    A linear probe without a learning rate to tune: W = (X'X + ridge I)^-1 X'Y, with a column of ones for the bias.
+    A linear classifier without a learning rate to tune: W = (X'X + ridge I)^-1 X'Y, with a column of ones for the bias.
     """
     bank, queries = standardise(bank, queries)
     num_classes, size = int(bank_labels.max()) + 1, bank.shape[1] + 1
@@ -168,7 +168,7 @@ def linear_accuracy(
         return F.pad(x.cpu().double(), (0, 1), value=1.0)
 
     gram, moments = ridge * torch.eye(size).double(), torch.zeros(size, num_classes).double()
-    for part, labels in zip(bank.split(10_000), bank_labels.split(10_000), strict=True):  # ImageNet as doubles: 20 GB
+    for part, labels in zip(bank.split(10_000), bank_labels.split(10_000), strict=True):  # ImageNet in float64: 20 GB
         x = inputs(part)
         gram += x.T @ x
         moments += x.T @ F.one_hot(labels.cpu(), num_classes).double()

@@ -1,4 +1,4 @@
-"""What networks cost: multiply-accumulates and seconds."""
+"""Cost of networks: multiply-accumulates (MACs) and seconds."""
 
 import copy
 import time
@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_macs(model: nn.Module, *inputs: Tensor, backward: bool = False, **options: Any) -> int:
-    """Multiply-accumulates of convolutions, linear layers and attention products of `model(*inputs, **options)`.
+    """Count the MACs of convolutions, linear layers and attention products of `model(*inputs, **options)`.
 
-    With `backward` also those of the gradients of its output's `loss`. Counted on a copy without storage: there,
-    attention is two matrix products that torch's counter sees.
+    `backward` adds those of the gradients of the output's `loss`. Counts on a copy on the meta device, where attention
+    is two matrix products that torch's counter sees.
     """
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         output = copy.deepcopy(model).to("meta").eval()(*(x.to("meta") for x in inputs), **options)
@@ -25,7 +25,7 @@ def count_macs(model: nn.Module, *inputs: Tensor, backward: bool = False, **opti
 
 
 def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
-    """How long a call takes, until the device has done it."""
+    """Measure the seconds per call, until the device has finished."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     start = time.perf_counter()
@@ -40,9 +40,9 @@ def seconds(function: Callable[[], Any], device: torch.device, calls: int = 1) -
 def speed_ups(
     reference: Callable[[], Any], functions: list[Callable[[], Any]], device: torch.device, rounds: int = 9
 ) -> list[tuple[float, float]]:
-    """How many times as fast as `reference` each function is: the median, and half of the middle half's width.
+    """Measure the speed of each function relative to `reference`: median and half the interquartile range.
 
-    Each is timed right after the reference, for a fifth of a second: what slows the machine down for a while hits both.
+    Function and reference are timed in turns of 0.2 seconds, so a temporarily slow machine affects both.
     """
     for function in (reference, *functions):
         function()  # warms up

@@ -1,8 +1,8 @@
-"""The built-in data: images of one of ten shapes, and scenes of several. Nothing to download, as many as asked for.
+"""Synthetic images of one of ten shapes, and scenes of several, in any number and without a download.
 
-Image `index` of `split` is a function of these two and of the image size alone. Each shape is an implicit function of
-object coordinates, u to the right and v down, both about [-1, 1]: negative inside, positive outside, and about the
-distance to the outline near it.
+Image `index` of `split` is a function of split, index and image size alone. Each shape is an implicit function of
+object coordinates, u to the right and v down, both about [-1, 1]: negative inside, positive outside, and near the
+outline about the distance to the outline.
 """
 
 import math
@@ -67,16 +67,16 @@ SHAPES = (disk, square, triangle, ring, plus, star, heart, crescent, hourglass, 
 
 
 def paint(darkest: float, brightest: float, hue: Tensor, stripe: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """A colour between two, with faint stripes: draws (n, 3) and (n, 3, 1, 1), grids (1, 1, W), (1, H, 1) -> pixels."""
+    """Paint one colour with faint stripes: `hue` (n, 3), `stripe` (n, 3, 1, 1), x (1, 1, W), y (1, H, 1) -> pixels."""
     direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.06 * stripe[:, 2]
     wave = strength * torch.sin(frequency * (direction.cos() * x + direction.sin() * y))
     return (darkest + (brightest - darkest) * hue)[:, :, None, None] + wave[:, None]
 
 
 def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw images of `shapes`: uint8 (n, 3, H, W), labels (n,), and how far the object covers each pixel (n, H, W)."""
+    """Draw images: uint8 (n, 3, H, W), labels (n,), and the fraction of each pixel that the object covers (n, H, W)."""
     draws = torch.stack([torch.rand(18, generator=generator("shapes", split, index)) for index in indices])
-    # Columns of (n, 1, 1) to go with pixel grids: each random number below has one meaning.
+    # Columns (n, 1, 1), to broadcast with pixel grids. Each random number has one meaning.
     label, size, left, top, tilt = draws[:, :5, None, None].unbind(1)
     hues, stripes = draws[:, 5:11], draws[:, 11:17, None, None]
     labels = (label.flatten() * len(SHAPES)).long()
@@ -104,9 +104,9 @@ def draw_shapes(split: str, indices: range, image_size: tuple[int, int]) -> tupl
 
 
 class Shapes(InMemory):
-    """One object in one of ten shapes: drawn once, kept in memory as uint8 (N, 3, H, W), with its label.
+    """Data set of images with one object of ten shapes, in memory as uint8 (N, 3, H, W), with labels.
 
-    A light object of random hue, size, place, tilt and stripes lies on a dark ground of random hue and stripes.
+    A light object of random hue, size, place, tilt and stripes lies on a dark background of random hue and stripes.
     """
 
     def __init__(self, split: str, length: int, image_size: tuple[int, int]):
@@ -117,10 +117,10 @@ class Shapes(InMemory):
 
 
 def draw_scene(split: str, index: int, image_size: tuple[int, int]) -> tuple[Tensor, list[int], Tensor]:
-    """One to five `shapes` on one ground: uint8 (3, H, W), their labels from 0, and what is seen of each, (n, H, W).
+    """Draw one to five objects: uint8 (3, H, W), labels from 0, and masks of the visible parts (n, H, W).
 
-    A function of (split, index, size) alone. Sizes are 0.2 to 0.45 of the shorter side; outlines hardly overlap, and
-    where they do the later object is in front.
+    A function of (split, index, size) alone. Sizes are 0.2 to 0.45 of the shorter side. Objects hardly overlap; if they
+    do, the later one is in front.
     """
     random = generator("scene", split, index)
     height, width = image_size

@@ -1,4 +1,4 @@
-"""Sets of small images that lie in memory, MNIST, Fashion-MNIST, CIFAR and STL, and views of a whole batch at once."""
+"""Small data sets in memory (MNIST, Fashion-MNIST, CIFAR, STL-10), and views of a whole batch at once."""
 
 import functools
 import gzip
@@ -17,7 +17,7 @@ from util.training import generator
 
 
 class InMemory(Dataset):
-    """Images uint8 (N, 3 or 1, H, W) with labels; item by item they are RGB."""
+    """Images uint8 (N, 3 or 1, H, W) with labels; single items are RGB."""
 
     def __init__(self, images: Tensor, targets: list[int], classes: Sequence[str]):
         self.images, self.targets, self.classes = images, targets, list(classes)
@@ -30,7 +30,7 @@ class InMemory(Dataset):
 
 
 def in_channels(images: Tensor, channels: int) -> Tensor:
-    """Images (..., 3 or 1, H, W) in colour (3) or grey (1)."""
+    """Convert images (..., 3 or 1, H, W) to `channels`: 3 (colour) or 1 (grey)."""
     if channels == 1:
         return tvf.rgb_to_grayscale(images)
     return images.expand(*images.shape[:-3], 3, *images.shape[-2:])
@@ -40,39 +40,39 @@ def in_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def torchvision_set(name: str, split: str, root: str, download: bool) -> InMemory:
-    """A set of READERS by its name: `train`, `test`, of STL-10 also `train+unlabeled`."""
+    """Read a data set of READERS. `split` is `train`, `test` or, for STL-10, `train+unlabeled`."""
     read = READERS[name]
     try:
         return read(split, root, download)
     except ImportError as error:
-        raise SystemExit(f"error: --data {name} needs a package that is not installed ({error})") from None
+        raise SystemExit(f"error: --data {name} needs a missing package ({error})") from None
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, zlib.error) as error:
-        raise SystemExit(f"error: --data {name}: not whole in --data-root {root}; --download? ({error})") from None
+        raise SystemExit(f"error: --data {name}: incomplete in --data-root {root}; add --download ({error})") from None
 
 
 def read_cifar(kind: type[CIFAR10], split: str, root: str, download: bool) -> InMemory:
-    """CIFAR-10 or CIFAR-100."""
+    """Read CIFAR-10 or CIFAR-100."""
     images = kind(root, train=split == "train", download=download)
     return InMemory(torch.from_numpy(images.data).movedim(3, 1).contiguous(), images.targets, images.classes)
 
 
 def read_stl(split: str, root: str, download: bool) -> InMemory:
-    """STL-10; unlabelled images have label -1."""
+    """Read STL-10; unlabelled images have label -1."""
     images = STL10(root, split, download=download)
     return InMemory(torch.from_numpy(images.data), images.labels.tolist(), images.classes)
 
 
 def read_mnist(kind: type[MNIST], split: str, root: str, download: bool) -> InMemory:
-    """MNIST or a set of its format: the original files, packed or not, where torchvision puts them or in `root`.
+    """Read MNIST or a set in its format from the original files, gzipped or not, in torchvision's folder or in `root`.
 
-    All such sets name their files alike: what lies in `root` is taken for the set that is asked for.
+    All these sets have the same file names, so files directly in `root` are assumed to be the requested set.
     """
     if download:
         kind(root, download=True)
     folders = Path(root, kind.__name__, "raw"), Path(root)
 
     def read(name: str) -> Tensor:
-        """uint8, of as many axes as the fourth byte says; their lengths follow as 32-bit numbers."""
+        """Read an idx file as uint8: the fourth byte is the number of axes, then their lengths as 32-bit numbers."""
         for path in (folder / (name + suffix) for folder in folders for suffix in (".gz", "")):
             if path.exists():
                 with (gzip.open if path.suffix else open)(path, "rb") as file:
@@ -80,14 +80,14 @@ def read_mnist(kind: type[MNIST], split: str, root: str, download: bool) -> InMe
                 start = 4 + 4 * content[3]
                 lengths = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
                 return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(lengths)
-        raise FileNotFoundError(f"there is no {name}.gz in {' or '.join(map(str, folders))}")
+        raise FileNotFoundError(f"{name}.gz not found in {' or '.join(map(str, folders))}")
 
     part = "train" if split == "train" else "t10k"
     images, labels = read(f"{part}-images-idx3-ubyte"), read(f"{part}-labels-idx1-ubyte")
     return InMemory(images[:, None], labels.tolist(), kind.classes)
 
 
-# Reads (split, root, download) -> InMemory, by name. A new set is a new line here and one in `data.SETS`.
+# Functions (split, root, download) -> InMemory, by name. A new set is a line here and one in `data.SETS`.
 READERS: dict[str, Callable[[str, str, bool], InMemory]] = {
     "mnist": functools.partial(read_mnist, MNIST),
     "fashionmnist": functools.partial(read_mnist, FashionMNIST),
@@ -101,13 +101,13 @@ READERS: dict[str, Callable[[str, str, bool], InMemory]] = {
 
 
 def draw_boxes(draws: Tensor, height: int, width: int, min_area: float) -> Tensor:
-    """Rectangles (B, 4) left, top, width, height, in whole pixels, by numbers (B, 4), uniform in [0, 1).
+    """Draw rectangles (B, 4): left, top, width, height in whole pixels, from `draws` (B, 4), uniform in [0, 1).
 
-    Their fraction of the area is uniform from `min_area` to 1, their shape between 3:4 and 4:3 as far as it fits. (Of
-    images that are much longer than wide, or wider than long, a large fraction has no such shape: it is cut.)
+    The area is uniform between the fraction `min_area` and all of the image, the aspect ratio between 3:4 and 4:3 if
+    possible. In very long or wide images, large areas have no such ratio and are clipped.
     """
     fraction = min_area + (1 - min_area) * draws[:, 0]
-    low = (fraction * width / height).clamp(min=3 / 4).log()  # of width to height: below it the height would not fit
+    low = (fraction * width / height).clamp(min=3 / 4).log()  # of width to height: below, the height would not fit
     high = (width / height / fraction).clamp(max=4 / 3).log()
     aspect = torch.lerp(low, high, draws[:, 1]).exp()
     area = fraction * height * width
@@ -117,10 +117,10 @@ def draw_boxes(draws: Tensor, height: int, width: int, min_area: float) -> Tenso
 
 
 def resize_matrix(start: Tensor, length: Tensor, before: int, after: int, mirrored: Tensor | None = None) -> Tensor:
-    """Weights (B, after, before) that resize pixels [start, start + length) of `before` to `after`; those are (B,).
+    """Return weights (B, after, before) that resize `length` (B,) of `before` pixels from `start` (B,) to `after`.
 
-    Bilinear and antialiased, as in Pillow and torchvision: a triangle around each new pixel's centre, as wide as the
-    new pixels are, cut off at the ends of the part and scaled to a sum of 1. Where `mirrored` (B,) from end to start.
+    Bilinear and antialiased, as in Pillow and torchvision: a triangle around the centre of each new pixel, as wide as a
+    new pixel, cut at the ends of the part and scaled to sum 1. `mirrored` (B,) reverses the new pixels.
     """
     pixels = torch.arange(before, device=start.device) + 0.5
     place = (torch.arange(after, device=start.device) + 0.5) / after  # of each new pixel's centre, from 0 to 1
@@ -134,7 +134,7 @@ def resize_matrix(start: Tensor, length: Tensor, before: int, after: int, mirror
 
 
 def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int]) -> Tensor:
-    """The part `boxes` (B, 4) of each image, uint8 (B, C, H, W), resized to `size`, left and right `mirrored` (B,)."""
+    """Crop `boxes` (B, 4) of images uint8 (B, C, H, W), resize to `size`, mirror where `mirrored` (B,)."""
     left, top, width, height = boxes.unbind(1)
     rows = resize_matrix(top, height, images.shape[2], size[0])
     columns = resize_matrix(left, width, images.shape[3], size[1], mirrored)
@@ -143,9 +143,9 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[i
 
 
 class CenterView:
-    """The largest centred part that has the shape of `size` (H, W), or 1 / `margin` of its sides, resized to `size`.
+    """Centre view: the largest crop with the aspect ratio of `size` (H, W), its sides divided by `margin`, resized.
 
-    Of one image or of a batch of one size.
+    Works on one image or on a batch of equal sizes.
     """
 
     def __init__(self, size: tuple[int, int], margin: float = 1.0):
@@ -161,10 +161,10 @@ class CenterView:
 
 
 class BatchViews(Dataset):
-    """Views of images that lie in memory, of a whole batch at once and on `device`.
+    """Views of in-memory images, made for a whole batch at once on `device`.
 
-    As `data.pretraining_view`, but bilinear. A table of uniform numbers, with a row per image and anew for each epoch,
-    says what is cropped and mirrored.
+    As `data.pretraining_view`, but bilinear. A table of uniform random numbers per epoch, with one row per image,
+    determines crops and mirroring.
     """
 
     def __init__(
@@ -182,18 +182,18 @@ class BatchViews(Dataset):
         self.images, self.size, self.min_crop, self.flip, self.channels = images, size, min_crop, flip, channels
         self.center, self.seed, self.device = CenterView(size, margin), seed, device
         self.labels = torch.tensor(images.targets)
-        self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # of the last epochs asked for
+        self.tables: dict[int, tuple[Tensor, Tensor]] = {}  # of recent epochs
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """One view, its label, and that it could be read."""
+        """Return one view, its label, and True (readable)."""
         images, labels, readable = self.__getitems__([key])
         return images[0], labels[0], readable[0]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """A batch of (epoch, index): views uint8 (B, C, H, W), labels (B,), and that all could be read."""
+        """Return the batch of (epoch, index) keys: views uint8 (B, C, H, W), labels (B,), and True (readable) each."""
         epochs, indices = torch.tensor(keys).unbind(1)
         images = in_channels(self.images.images[indices].to(self.device, non_blocking=True), self.channels)
         if self.min_crop == 1:
@@ -208,16 +208,16 @@ class BatchViews(Dataset):
         return views, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
 
     def table(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """The crop (N, 4) of each image in an epoch, and whether it is mirrored (N,)."""
+        """Return the crop (N, 4) of each image in an epoch, and which are mirrored (N,)."""
         if epoch not in self.tables:
             draws = torch.rand(len(self), 5, generator=generator(self.seed, "views", epoch))
             boxes = draw_boxes(draws[:, :4], *self.images.images.shape[-2:], self.min_crop)
-            if len(self.tables) == 4:  # the oldest makes room
+            if len(self.tables) == 4:  # remove the oldest
                 del self.tables[next(iter(self.tables))]
             self.tables[epoch] = boxes, (draws[:, 4] < 0.5) & self.flip
         return self.tables[epoch]
 
     @staticmethod
     def collate(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """It is a batch already."""
+        """Return the batch, which is already collated."""
         return batch

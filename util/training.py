@@ -1,4 +1,4 @@
-"""What the three training loops share: flags, processes, batches, seeds, precision, schedules, parameter groups."""
+"""Helpers of the three training loops: flags, processes, batches, seeds, precision, schedules, parameter groups."""
 
 import argparse
 import contextlib
@@ -24,22 +24,22 @@ from util.image_files import UnreadableImage
 
 
 def ratio(text: str) -> float:
-    """A flag's number between 0 and 1."""
+    """Parse a number in [0, 1], as a flag's type."""
     if not 0 <= float(text) <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text}")
     return float(text)
 
 
 def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
-    """The flags of the optimisation, with a script's defaults; `drawn` is what is random in a micro-batch."""
-    micro = f"images at once per process (default: all). Gradients accumulate; what is drawn differs ({drawn})"
-    add("--epochs", type=int, default=epochs, help="passes over the data")
+    """Add the flags of the optimisation, with a script's defaults; `drawn` lists what is drawn per micro-batch."""
+    micro = f"images at once per process; gradients accumulate (default: all at once). Redrawn per micro-batch: {drawn}"
+    add("--epochs", type=int, default=epochs, help="passes over the training images")
     add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
     add("--micro-batch", type=int, help=micro)
-    add("--blr", type=float, default=blr, help="learning rate per 256 images: lr = blr * batch size / 256")
-    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default, and if not below --epochs: {warmup})")
-    add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
-    add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (norm); 0: no clipping")
+    add("--blr", type=float, default=blr, help="base learning rate: lr = blr * batch size / 256")
+    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default: {warmup}; also if not below --epochs)")
+    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices; 0 for biases, norms and tokens")
+    add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (norm); 0: off")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -49,7 +49,7 @@ TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 
 @dataclass(frozen=True)
 class World:
-    """This process among all those that torchrun started; a single one without it."""
+    """This process among all processes of torchrun, or the single process without torchrun."""
 
     rank: int
     size: int
@@ -62,28 +62,28 @@ class World:
 
     @property
     def hides_bars(self) -> bool | None:
-        """What `disable` of tqdm is to be: True in all processes but the first, None (not in a log file) there."""
+        """Return `disable` for tqdm: True except in the main process, there None (off unless on a terminal)."""
         return None if self.is_main else True
 
     def describe(self) -> str:
-        """Where it runs, in words."""
+        """Describe processes, device and threads."""
         text = f"{self.size} process(es) on {self.device.type}"
         if self.device.type == "cpu":
             text += f", each with {torch.get_num_threads()} thread(s)"
             if sys.platform == "linux" and "GOMP_SPINCOUNT" in os.environ:
-                text += f", which wait for {os.environ['GOMP_SPINCOUNT']} turns before they sleep (GOMP_SPINCOUNT)"
+                text += f", GOMP_SPINCOUNT={os.environ['GOMP_SPINCOUNT']}"
         return text
 
 
 def start_world(device: str) -> World:
-    """Join the processes of torchrun, if it started this one, and choose the device: `auto`, `cpu`, `cuda`, `mps`...
+    """Join the processes of torchrun, if any, and choose the device: `auto`, `cpu`, `cuda`, `mps`, ...
 
-    Without RANK the other variables are left over from a job script and do not count.
+    Without RANK, the other variables come from a job script and are ignored.
     """
     launched = "RANK" in os.environ
     missing = [name for name in TORCHRUN if name not in os.environ]
     if launched and missing:
-        raise SystemExit(f"error: the environment has RANK but not {', '.join(missing)}: use torchrun, or unset RANK")
+        raise SystemExit(f"error: the environment has RANK but not {', '.join(missing)}: use torchrun or unset RANK")
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in TORCHRUN[:4]) if launched else (0, 0, 1, 1)
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator(check_available=True)
@@ -93,7 +93,7 @@ def start_world(device: str) -> World:
     try:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SystemExit(f"error: --device {device} cannot be used here ({error})") from None
+        raise SystemExit(f"error: --device {device} is not available ({error})") from None
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if launched and not dist.is_initialized():
@@ -102,13 +102,13 @@ def start_world(device: str) -> World:
 
 
 def end_world() -> None:
-    """Leave the other processes in good order."""
+    """Shut down the process group, if any."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over all processes (itself where there is one)."""
+    """Average a tensor over all processes."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -116,7 +116,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def gather_lists(items: list[Any]) -> list[Any]:
-    """The lists of all processes, one behind the other."""
+    """Concatenate the lists of all processes."""
     if not dist.is_initialized():
         return items
     lists = [None] * dist.get_world_size()
@@ -125,18 +125,18 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple[int, int]:
-    """Images at once in one process, and how many times gradients accumulate to make `--batch-size`."""
+    """Return the micro-batch size and the number of micro-batches per step and process."""
     local_batch = batch_size // world.size
     micro_batch = min(micro_batch or local_batch, local_batch)
     if not local_batch or local_batch * world.size != batch_size or local_batch % micro_batch:
         raise SystemExit(
-            f"error: --batch-size {batch_size} is not {world.size} process(es) x some times --micro-batch {micro_batch}"
+            f"error: --batch-size {batch_size} is not divisible by {world.size} processes x --micro-batch {micro_batch}"
         )
     return micro_batch, local_batch // micro_batch
 
 
 def describe_steps(total: int, batch_size: int, micro_batch: int, accumulate: int, blr: float, world: World) -> str:
-    """Number and size of the steps and the peak learning rate, in words."""
+    """Describe number and size of the steps and the peak learning rate."""
     parts = f"{world.size} process(es) x {accumulate} x {micro_batch}"
     peak = f"{blr * batch_size / 256:.3g} = {blr:g} * {batch_size} / 256"
     return f"{total:,}, each {batch_size} images = {parts}; peak learning rate {peak}"
@@ -146,29 +146,29 @@ def describe_steps(total: int, batch_size: int, micro_batch: int, accumulate: in
 
 
 def batches(loader: DataLoader) -> Iterator[Any]:
-    """A loader's batches. What its processes mostly die of, in a container or with few descriptors, gets one line."""
+    """Yield the batches of a loader. Frequent failures of its processes end the script with a one-line error."""
     try:
         yield from loader
-    except UnreadableImage as error:  # one from a loader's process brings its traceback along
+    except UnreadableImage as error:  # from a loader's process, includes a traceback
         raise SystemExit(f"error: --data: {str(error).splitlines()[-1]}") from None
     except (RuntimeError, OSError) as error:
         signs = "DataLoader worker (pid", "No space left", "shared memory", "ancdata", "Too many open files"
         if not any(sign in str(error) for sign in signs):
             raise
         raise SystemExit(
-            "error: the processes that load data ran out of memory, shared memory (/dev/shm) or file descriptors: "
-            f"take fewer --workers, 0 for none ({str(error).splitlines()[-1]})"
+            "error: the loader processes ran out of memory, shared memory (/dev/shm) or file descriptors: use fewer "
+            f"--workers, or 0 to load in the main process ({str(error).splitlines()[-1]})"
         ) from None
 
 
 def check_readable(unreadable: int, seen: int) -> None:
-    """Stop a run more than a quarter of whose images are unreadable."""
+    """End the script if more than 8 and more than a quarter of the images are unreadable."""
     if unreadable > max(8, seen / 4):
-        raise SystemExit(f"error: --data: {unreadable} of {seen} images cannot be read (named above)")
+        raise SystemExit(f"error: --data: {unreadable} of {seen} images are unreadable (named above)")
 
 
 class Stopwatch:
-    """The seconds spent within `with stopwatch:`."""
+    """Sum of the seconds spent in `with stopwatch:` blocks."""
 
     def __init__(self):
         self.seconds = 0.0
@@ -181,27 +181,27 @@ class Stopwatch:
 
 
 class StepGuard:
-    """Keeps steps whose loss or gradient is not finite away from the weights; ten of them in a row end the run.
+    """Skip steps whose loss or gradient is not finite; ten in a row end the script.
 
-    All processes have the same numbers, so they decide the same.
+    All processes have the same metrics, so all decide alike.
     """
 
     def __init__(self):
         self.skipped_in_a_row = 0
 
     def allows(self, step: dict[str, float]) -> bool:
-        """Whether the step with this `loss` and `grad_norm` is to be taken."""
+        """Return whether to apply the step with this `loss` and `grad_norm`."""
         if is_finite(step):
             self.skipped_in_a_row = 0
             return True
         self.skipped_in_a_row += 1
         if self.skipped_in_a_row == 10:
-            raise SystemExit("error: ten steps in a row not finite: repeat with --resume and a lower --blr")
+            raise SystemExit("error: loss or gradient not finite in ten steps in a row: --resume with a lower --blr")
         return False
 
 
 def is_finite(step: dict[str, float]) -> bool:
-    """Whether loss and gradient norm are finite; other logged numbers do not decide."""
+    """Return whether loss and gradient norm are finite, whatever the other metrics."""
     return math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"])
 
 
@@ -209,9 +209,9 @@ def is_finite(step: dict[str, float]) -> bool:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from what identifies a random draw, such as (seed, epoch, index): equal parts, equal draws.
+    """Derive a 63-bit seed from the parts that identify a random draw, such as (seed, epoch, index).
 
-    With every draw seeded by its own place in the run there is no generator state to save, to restore or to keep equal
+    Because each draw is seeded by its place in the run, generator states need not be saved, restored or kept equal
     across processes.
     """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
@@ -219,14 +219,14 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU random generator seeded by `derive_seed(*parts)`."""
+    """Return a random generator on the CPU, seeded by `derive_seed(*parts)`."""
     return torch.Generator().manual_seed(derive_seed(*parts))
 
 
 def seed_generators(device: torch.device, *parts: int | str) -> None:
-    """Seed torch's own generators, of the CPU and of `device`, with `derive_seed(*parts)`.
+    """Seed torch's default generators, of the CPU and of `device`, with `derive_seed(*parts)`.
 
-    `torch.manual_seed` does this for every kind of device, which takes milliseconds where there is none.
+    Faster than `torch.manual_seed`, which seeds every kind of device and takes milliseconds even without one.
     """
     seed = derive_seed(*parts)
     torch.default_generator.manual_seed(seed)
@@ -235,16 +235,16 @@ def seed_generators(device: torch.device, *parts: int | str) -> None:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
-    """bf16 autocast or none; `auto` is bf16 on CUDA cards that have it."""
+    """Return bf16 autocast, enabled by `bf16`, or by `auto` on CUDA devices that support bf16."""
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         precision = "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def compiled(model: nn.Module) -> nn.Module:
-    """torch.compile, for batches that are all of one size."""
+    """Compile a model with torch.compile, for batches of constant size."""
     if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl"))):
-        raise SystemExit("error: --compile needs a C++ compiler (g++, clang++), and there is none")
+        raise SystemExit("error: --compile needs a C++ compiler (g++, clang++), none found")
     return torch.compile(model, dynamic=False)
 
 
@@ -252,28 +252,28 @@ def compiled(model: nn.Module) -> nn.Module:
 
 
 def warmup_cosine(step: float, *, peak: float, total: float, warmup: float) -> float:
-    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, then half a cosine down to 0 at `total`."""
+    """Return the learning rate: linear from 0 to `peak` over `warmup`, then half a cosine down to 0 at `total`."""
     if step < warmup:
         return peak * step / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def warmup_milestones(step: float, *, peak: float, milestones: list[float], warmup: float) -> float:
-    """Learning rate at `step`: linear from 0 to `peak` over `warmup`, a tenth of it after each of `milestones`."""
+    """Return the learning rate: linear from 0 to `peak` over `warmup`, divided by 10 at each of `milestones`."""
     rate = peak * min(step / warmup, 1.0) if warmup else peak
     return rate * 0.1 ** sum(step >= milestone for milestone in milestones)
 
 
 def ema_momentum(step: float, *, base: float, total: float) -> float:
-    """EMA momentum at `step`: half a cosine from `base` up to 1 at `total` (BYOL, DINO)."""
+    """Return the EMA momentum: half a cosine from `base` up to 1 at `total`, as in BYOL and DINO."""
     return 1 - (1 - base) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 def start_momentum(total: float) -> float:
-    """The `base` of `ema_momentum` for a run of `total` steps: 1 - 30 / total.
+    """Return the default `base` of `ema_momentum` for a run of `total` steps: 1 - 30 / total.
 
-    The teacher then remembers about 1 / (1 - base), a thirtieth, of the steps, at first. In the paper's run, of .9999
-    in 93,600 steps, it is a ninth; in short ones of small images less is better (docs/study).
+    The teacher then first averages over about 1 / (1 - base) steps, a thirtieth of the run. In the paper's run (0.9999,
+    93,600 steps) it is a ninth. In short runs on small images, less is better (docs/study).
     """
     return max(0.0, 1 - 30 / total)
 
@@ -282,7 +282,7 @@ def start_momentum(total: float) -> float:
 
 
 def layer_index(name: str, depth: int) -> int:
-    """Where a parameter of a ViT sits: 0 for what makes tokens, i + 1 for block i, depth + 1 for all behind them."""
+    """Return the layer of a ViT's parameter: 0 for embeddings, i + 1 for block i, depth + 1 for norm and head."""
     block = re.search(r"\bblocks\.(\d+)\.", name)
     if block:
         return int(block[1]) + 1
@@ -290,10 +290,10 @@ def layer_index(name: str, depth: int) -> int:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-    """Trainable parameters in groups: matrices decay; biases, norms, class, mask and position tokens do not.
+    """Group trainable parameters: weight decay for matrices, not for biases, norms, class, mask and position tokens.
 
-    With `layer_decay` the learning rate falls by that factor from each block to the one before it (BEiT, MAE): a
-    group's `lr_scale`, which is 1 for the head, is layer_decay^(depth + 1 - layer_index).
+    `layer_decay` is the layer-wise learning-rate decay of BEiT and MAE: a group's `lr_scale` is
+    layer_decay^(depth + 1 - layer_index), which is 1 for the head.
     """
     names = [name for name, _ in model.named_parameters()]
     depth = 1 + max((int(i) for name in names for i in re.findall(r"\bblocks\.(\d+)\.", name)), default=-1)
