@@ -1,6 +1,6 @@
-"""The tests' tensors are tiny: several threads would only wait for each other, and on a busy machine for long.
+"""Use one thread: tensors of the tests are tiny, so more threads would only wait for each other.
 
-And sums come out the same here as in the processes that tests start.
+Besides, sums then equal those in the processes that tests start.
 """
 
 import torch

@@ -1,12 +1,12 @@
-"""A device `foreign` that computes on the CPU and, like CUDA, does not mix its tensors with the CPU's.
+"""Test device `foreign`, which computes on the CPU but, like CUDA, rejects operations that mix devices.
 
-What CUDA rejects ("expected all tensors to be on the same device") is an error here too, and each time that CUDA would
-make the host wait for the device is counted. Half precision, streams and speed are not modelled. PyTorch has one such
-device per process, and `--device auto` would choose it, so it lives in a process of its own:
+Operations that CUDA rejects ("expected all tensors to be on the same device") raise an error. Operations that make the
+host wait for a CUDA device are counted. Half precision, streams and speed are not modelled. PyTorch allows one such
+device per process, and `--device auto` would choose it, so the device runs in a separate process:
 
     echo '["pretrain", "--device", "foreign", "--dry-run"]' | python tests/foreign.py
 
-For each line on standard input, the name of a script and its flags, it writes a line with what happened.
+Each line on standard input is a script's name and flags. The reply is a line with its error, output and waits.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ class Backend(backend_registration._DummyBackendModule):
 
 
 class Foreign(torch.Tensor):
-    """A tensor on the device; `raw` is the CPU tensor with its values."""
+    """A tensor on the device; `raw` is the CPU tensor of its values."""
 
     @staticmethod
     def __new__(cls, raw: torch.Tensor, requires_grad: bool = False) -> "Foreign":
@@ -62,7 +62,7 @@ class Foreign(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
-        """Run an operation on the values if CUDA would run it; count it if CUDA would make the host wait."""
+        """Run an operation if CUDA would run it; count it if CUDA would make the host wait."""
         kwargs, name = dict(kwargs or {}), op.overloadpacket.__name__
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         on_cpu = [x for x in tensors if not isinstance(x, Foreign)]
@@ -96,19 +96,19 @@ class Foreign(torch.Tensor):
 
 
 def raw_of(x: Any) -> Any:
-    """A foreign tensor's values; all else as it is."""
+    """Return the values of a foreign tensor, or any other object unchanged."""
     return x.raw if isinstance(x, Foreign) else x
 
 
 def wrap(x: Any, wrappers: dict[int, torch.Tensor]) -> Any:
-    """The tensor on the device that has these values: one of `wrappers` or a new one."""
+    """Return the tensor on the device with these values: one of `wrappers` or a new one."""
     if isinstance(x, torch.Tensor):
         return wrappers[id(x)] if id(x) in wrappers else Foreign(x)
     return x
 
 
 def place() -> str:
-    """The innermost function of the project that is being executed, such as `pretrain.main`."""
+    """Return the innermost running function of the project, such as `pretrain.main`."""
     frame = sys._getframe(1)
     while frame and not is_ours(frame.f_code.co_filename):
         frame = frame.f_back
@@ -129,7 +129,7 @@ def empty_strided(size, stride, dtype=None, layout=None, device=None, pin_memory
 
 
 def copy_from(source, target, non_blocking=False):
-    """What `torch.tensor(numbers, device=...)` calls."""
+    """Copy a tensor, as `torch.tensor(numbers, device=...)` requests."""
     WAITS[place()] += not non_blocking
     raw_of(target).copy_(raw_of(source))
     return target

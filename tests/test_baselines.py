@@ -1,4 +1,4 @@
-"""MAE and SimMIM: against plain computations of their papers' words, and who sees which pixels."""
+"""MAE and SimMIM equal plain computations after their papers; encoder and target see the right pixels."""
 
 import math
 
@@ -13,20 +13,20 @@ VISIBLE = 15  # of 60 patches
 
 
 def small(method, channels=3):
-    """A model whose biases, norms and tokens are not what they start from."""
+    """Build a model with random biases, norms and tokens."""
     torch.manual_seed(0)
     options = dict(decoder_dim=24, decoder_depth=2, decoder_heads=3) if method is MAE else {}
     return randomize(method(small_vit(channels=channels), **options))
 
 
 def cut(images):
-    """Patches of images, one after the other, by plain loops: (B, C, H, W) -> (B, N, C p p)."""
+    """Cut images into patches by plain loops: (B, C, H, W) -> (B, N, C p p)."""
     corners = [(y, x) for y in range(0, SIZE[0], PATCH) for x in range(0, SIZE[1], PATCH)]
     return torch.stack([images[:, :, y : y + PATCH, x : x + PATCH].flatten(1) for y, x in corners], dim=1)
 
 
 def hidden_by(noise):
-    """Boolean (B, N): which patches the noise hides."""
+    """Return which patches the noise masks, boolean (B, N)."""
     return noise >= noise.sort(dim=1).values[:, VISIBLE : VISIBLE + 1]
 
 
@@ -39,7 +39,7 @@ def test_mae(channels):
     model, noise, images = small(MAE, channels), torch.rand(3, N), random_images(channels=channels) * 2 + 1
     out, decoder, hidden = model(images, noise), model.decoder, hidden_by(noise)
 
-    # The whole grid in its own order, as MAE's decoder has it: latents where patches are visible, else mask tokens.
+    # The whole grid in row-major order, as in MAE's decoder: latents of visible patches, else mask tokens.
     latents = model.student(images, out.visible).tokens
     grid = decoder.mask_token.repeat(3, N, 1)
     for i in range(3):
@@ -65,7 +65,7 @@ def test_simmim(channels):
     model, noise, images = small(SimMIM, channels), torch.rand(3, N), random_images(channels=channels) * 2 + 1
     out, hidden = model(images, noise), hidden_by(noise)[..., None]  # (B, N, 1)
 
-    # All patches embedded by the convolution, the masked ones' embeddings replaced, in the grid's own order.
+    # All patches in row-major order, embedded by the convolution; embeddings of masked patches are replaced.
     vit = model.student
     x = torch.where(hidden, model.decoder.mask_token, vit.patch_embed.proj(images).flatten(2).mT)
     x = torch.cat([vit.cls_token.expand(3, -1, -1), x], dim=1) + vit.pos_embed
@@ -96,7 +96,7 @@ def test_who_sees_what(method):
     out.loss.backward()
     for name, parameter in model.named_parameters():
         assert name.endswith("pos_embed") or parameter.grad.any(), name
-    assert not torch.equal(model(images).masked, model(images).masked), "drawn anew by default"
+    assert not torch.equal(model(images).masked, model(images).masked), "the default noise differs per call"
 
 
 @both
@@ -114,6 +114,6 @@ def test_initial_weights_of_the_pixel_head():
 
 @both
 @pytest.mark.parametrize("ratio", [-0.1, 0.0, 1.0, 0.999, math.nan])
-def test_mask_ratios_that_leave_nothing(method, ratio):
+def test_invalid_mask_ratios(method, ratio):
     with pytest.raises(ValueError):
         method(small_vit(), mask_ratio=ratio)

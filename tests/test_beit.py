@@ -1,4 +1,4 @@
-"""BEiT's and CAE's files and BEiT's encoder against a plain one, written here by the names of their files."""
+"""BEiT's and CAE's files, and BEiT's encoder compared with a plain one that uses the names of their files."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ def random_tensors(shapes, seed):
 
 
 def file_of(kind, grid=GRID, seed=0, last=("norm",)):
-    """Tensors as in the files of BEiT (`block`s with tables, or one `shared`) and of CAE (`absolute` positions)."""
+    """Random tensors as in files of BEiT (a table per `block`, or one `shared`) and CAE (`absolute` positions)."""
     shapes = {"cls_token": (1, 1, DIM)}
     shapes |= {"patch_embed.proj.weight": (DIM, 3, PATCH, PATCH), "patch_embed.proj.bias": (DIM,)}
     layers = {"norm1": (DIM,), "attn.proj": (DIM, DIM), "norm2": (DIM,), "mlp.fc1": (4 * DIM, DIM)}
@@ -55,7 +55,7 @@ HEAD = random_tensors({"head.weight": (7, DIM), "head.bias": (7,)}, seed=9)
 
 
 def reference(t, images, ids=None, grid=GRID, class_token=True):
-    """Tokens that the authors' encoder makes of these tensors, one pair of tokens after the other for the bias."""
+    """Return the tokens of the authors' encoder with these tensors; the bias is computed pair by pair."""
     count = math.prod(grid)
     x = F.conv2d(images, t["patch_embed.proj.weight"], t["patch_embed.proj.bias"], stride=PATCH).flatten(2).mT
     x = torch.cat([t["cls_token"].expand(len(x), -1, -1), x], dim=1) + t.get("pos_embed", 0)
@@ -142,7 +142,7 @@ def test_files_load_as_they_are(tmp_path, kind, wrap):
         content = dict(model={prefix + name: t for prefix, tensors in names for name, t in tensors.items()})
     torch.save(content | dict(args=argparse.Namespace(lr=1)), tmp_path / "file.pth")
     checkpoint = runs.load(tmp_path / "file.pth")
-    heads = HEADS if kind == "absolute" else None  # the tables tell
+    heads = HEADS if kind == "absolute" else None  # known from the tables
     encoder = load_encoder(checkpoint, heads=heads, log=quiet).eval()
     assert isinstance(encoder, BEiT) == (kind != "absolute")
     close(encoder(images_of()).tokens, reference(student, images_of()))
@@ -162,7 +162,7 @@ def test_classifiers(kind, last):
         else F.layer_norm(x[:, 1:].mean(dim=1), (DIM,), tensors["fc_norm.weight"], tensors["fc_norm.bias"], 1e-6)
     )
     logits = F.linear(x, HEAD["head.weight"], HEAD["head.bias"])
-    pool = "class" if last == ("norm",) else None  # with fc_norm the file says it
+    pool = "class" if last == ("norm",) else None  # fc_norm means mean pooling
     close(load_classifier(dict(model=tensors | HEAD), pool=pool, heads=HEADS, log=quiet).eval()(images), logits)
 
 
@@ -202,7 +202,7 @@ def beit(grid=GRID, seed=0):
 
 @pytest.mark.parametrize("class_token", [True, False])
 @torch.no_grad()
-def test_any_patches_in_any_order_with_the_bias_of_their_places(class_token):
+def test_any_patches_in_any_order_have_the_bias_of_their_positions(class_token):
     grid = (2, 5)
     encoder, images = beit(grid), images_of(grid)
     ids = torch.tensor([[3, 9, 0, 6], [8, 1, 2, 7]])
@@ -211,7 +211,7 @@ def test_any_patches_in_any_order_with_the_bias_of_their_places(class_token):
 
 
 @torch.no_grad()
-def test_ptr_takes_the_bias_of_dropped_tokens_with_them():
+def test_ptr_also_drops_the_bias_of_dropped_tokens():
     encoder, images = beit(), images_of()
     whole = encoder(images).tokens
     assert torch.equal(encoder(images, ptr=PTR((0, 1), 0.0)).tokens, whole), "a ratio of 0 is the identity"
@@ -239,7 +239,7 @@ def test_another_image_size():
 
 
 @torch.no_grad()
-def test_a_pyramid_sees_images_of_any_size():
+def test_a_pyramid_encodes_images_of_any_size():
     encoder, grid = beit(), (6, 5)
     pyramid = ViTPyramid(encoder, 16, learned_positions=True).eval()
     tapped = pyramid.tapped_tokens(images_of(grid), grid, PTR())
@@ -249,7 +249,7 @@ def test_a_pyramid_sees_images_of_any_size():
     close(tapped[-1], reference(plain, images_of(grid), grid=grid)[:, 1:])
 
 
-def test_everything_learns():
+def test_all_tables_get_gradients():
     for model in (Classifier(beit(), 7).train(), PCAE(beit(), decoder_dim=16, decoder_heads=2).train()):
         output = model(images_of())
         (output.logsumexp(dim=1).sum() if isinstance(output, torch.Tensor) else output.loss).backward()
@@ -260,14 +260,14 @@ def test_everything_learns():
     assert [name for name, p in probe.named_parameters() if p.requires_grad] == ["head.weight", "head.bias"]
 
 
-def test_no_timm_export():
+def test_timm_export_is_rejected():
     for model in (beit(), Classifier(beit(), 7)):
         with pytest.raises(ValueError, match="BEiT"):
             timm_weights(model)
 
 
-def test_the_scripts_take_it(tmp_path, capsys):
-    """Fine-tuned with PTR, scored, resumed; a detector trained on it, and scored."""
+def test_the_scripts_accept_beit(tmp_path, capsys):
+    """Fine-tune with PTR, evaluate, resume; train a detector on BEiT, evaluate."""
     torch.save(dict(model=file_of("shared")), tmp_path / "beit.pth")
     settings = dict(init=tmp_path / "beit.pth", dry_run=True, device="cpu")
     reduced = dict(limit=128, batch_size=16, drop_ratio=0.3, precision="bf16")

@@ -1,4 +1,4 @@
-"""What each method costs: multiply-accumulates against closed forms, the step that is timed, one run of the command."""
+"""Cost of each method: MACs equal closed forms; the timed step is complete; the command runs."""
 
 import argparse
 import runpy
@@ -16,15 +16,15 @@ from util import profiling
 
 
 def blocks_macs(counts, dim):
-    """Transformer blocks on so many tokens each: q, k, v, projection and MLP, then attention's two products."""
+    """Return MACs of blocks with `counts` tokens: q, k, v, projection, MLP; then the two products of attention."""
     return sum(n * 12 * dim**2 + 2 * n**2 * dim for n in counts)
 
 
 def step_macs(method, visible, seen, blocks, *, dim, pixels, width):
-    """A training step on an image: `seen` of its masked patches enter each of the teacher's blocks, and leave the last.
+    """Return MACs of a training step per image. `seen`: tokens that enter each block of the teacher, then the retained.
 
-    What is trained costs its forward pass three times (output, gradients of weights and of input), but the embedding
-    of patches twice, since images need no gradient. The teacher costs it once.
+    Trained parts cost three forward passes (output, gradients of weights and of input), the patch embedding only two,
+    because images need no gradient. The teacher costs one forward pass.
     """
     masked, depth, embedding = seen[0], len(seen) - 1, 2 * visible * pixels * dim
     if method is SimMIM:
@@ -61,7 +61,7 @@ def test_macs_of_a_classifier(ptr, counts):
 
 
 @pytest.mark.parametrize("method", [PCAE, MAE, SimMIM])
-def test_what_is_timed_is_a_whole_step(method):
+def test_the_timed_step_updates_all_networks(method):
     model = method(ViT((8, 8), 2, **MODELS["vit_mini"]))
     before = [parameter.clone() for parameter in model.parameters()]
     benchmark.training_step(model, torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8), "fp32", compiled=False)()
@@ -94,7 +94,7 @@ def test_command_line(tmp_path, capsys):
             tables.append([])
         elif line.startswith("| "):
             tables[-1].append([cell.strip() for cell in line.split("|")[1:-1]])
-    methods, schedules, classifier, readers = (rows[2:] for rows in tables)  # below the columns' names and a rule
+    methods, schedules, classifier, readers = (rows[2:] for rows in tables)  # below the header
     for cells, (method, visible, seen, blocks) in zip(methods, CASES, strict=True):
         assert cells[0].startswith(method.__name__) and cells[1] == " ".join(map(str, seen)) * (method is PCAE)
         macs = step_macs(method, visible, seen, dim=64, pixels=192, width=32, blocks=blocks)
@@ -109,7 +109,7 @@ def test_command_line(tmp_path, capsys):
 
 
 def report_rows(tmp_path, capsys, batch_size):
-    """The rows of a report, by their first cell."""
+    """Return the rows of a report by their first cell."""
     sizes = "--model vit_mini --image-size 32 --patch-size 8 --rounds 1 --device cpu --report".split()
     benchmark.main([*sizes, str(tmp_path / "page.md"), "--batch-size", str(batch_size)])
     page = (tmp_path / "page.md").read_text()
@@ -119,7 +119,7 @@ def report_rows(tmp_path, capsys, batch_size):
 
 
 def test_report(tmp_path, capsys):
-    """One page: five training steps, inference at five drop ratios, and what the loader reads."""
+    """One page has five training steps, inference at five drop ratios, and the loader's speed."""
     rows = report_rows(tmp_path, capsys, 2)
     assert {"0", "0.1", "0.2", "0.3", "0.4", "JPEG, as pretrain.py reads it"} < rows.keys()
     macs = [step_macs(*case, dim=64, pixels=192, width=32) for case in CASES[:5]]
@@ -130,7 +130,7 @@ def test_report(tmp_path, capsys):
         assert float(days.replace(",", "")) == pytest.approx(seconds / 86_400, rel=0.01)
 
 
-def test_what_does_not_fit_in_memory_is_a_row_of_the_report(tmp_path, capsys):
+def test_a_step_out_of_memory_is_a_row_of_the_report(tmp_path, capsys):
     rows = report_rows(tmp_path, capsys, 2**40)
     for name, *_ in benchmark.PRETRAINING[:5]:
         (reason,) = rows[name]
@@ -139,7 +139,7 @@ def test_what_does_not_fit_in_memory_is_a_row_of_the_report(tmp_path, capsys):
 
 
 def test_the_largest_batch():
-    """The batch is halved until a step does not run out of memory; if not even one image fits, the error remains."""
+    """The batch is halved until a step fits in memory; if a single image does not fit, the error is raised."""
     done = []
 
     def make_step(batch_size, limit=5):

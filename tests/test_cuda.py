@@ -1,6 +1,6 @@
-"""What can only be tested on a CUDA card, in at most five minutes: `pytest -m cuda`.
+"""Tests that need a CUDA card, at most five minutes: `pytest -m cuda`.
 
-PCAE_TEST_DEVICE=cpu runs the same tests on a CPU, as far as they do not read the card's memory.
+PCAE_TEST_DEVICE=cpu runs these tests on a CPU, except those that read the card's memory.
 """
 
 import gc
@@ -29,7 +29,7 @@ SMALL = dict(limit=32, batch_size=16, epochs=1, image_size=16, patch_size=4, wor
 PRETRAIN = SMALL | dict(decoder_dim=16, drop_stages=2, ema=0.9, knn_every=0)
 OTHERS = SMALL | dict(limit=16, knn_every=0)
 FINETUNE = SMALL | dict(init="none", drop_ratio=0.3, drop_blocks=[0, 2], smoothing=0)
-# Regions are sampled on the device, whose generator differs from the CPU's; with these sizes, none is left out.
+# RoIs are sampled by the device's generator, which differs from the CPU's. With these sizes, all RoIs are sampled.
 DETECT = dict(
     init="none", limit=2, batch_size=2, epochs=1, short_side=32, channels=16, rois=512, proposals=32, drop_ratio=0.3
 )
@@ -90,7 +90,7 @@ def test_crops_equal_the_cpus():
 
 @pytest.mark.parametrize("script, settings", [("pretrain", PRETRAIN), ("finetune", FINETUNE)])
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path, script, settings):
-    """With drop path; detection is left out, as its kernels add in any order."""
+    """With drop path. Detection is not tested, because its kernels add in any order."""
     settings = settings | dict(epochs=16, drop_path=0.3, min_crop=0.5, device=DEVICE)
     uninterrupted = train(script, tmp_path / "whole", **settings)
     with helpers.start(script, tmp_path / "killed", **settings) as process:
@@ -122,7 +122,7 @@ def assert_same_losses(a, b, epochs):
 
 @pytest.mark.parametrize("script, settings", [("pretrain", PRETRAIN), ("finetune", FINETUNE | dict(blr=0.1))])
 def test_compiled_steps_have_the_same_losses(tmp_path, script, settings):
-    """With PTR and drop path, which draws what it draws uncompiled; one graph serves all steps."""
+    """With PTR, and drop path that draws as without compilation. All steps use one graph."""
     settings = settings | dict(epochs=4, drop_path=0.3, device=DEVICE, precision="fp32")
     plain = train(script, tmp_path / "plain", **settings)
     torch._dynamo.reset()
@@ -144,7 +144,7 @@ def test_compiled_steps_of_torchrun_have_the_same_losses(tmp_path):
 
 
 def peak_memory(function):
-    """Bytes that a call allocates beyond what is allocated before."""
+    """Return the bytes that a call allocates in addition."""
     gc.collect()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -157,7 +157,7 @@ def peak_memory(function):
 def test_memory_does_not_grow(tmp_path, script, settings):
     """200 steps need as much as 20."""
     settings = settings | dict(limit=320, device=DEVICE)
-    train(script, tmp_path / "first", **settings)  # what libraries allocate once
+    train(script, tmp_path / "first", **settings)  # allocations that libraries make once
     few, many = (
         peak_memory(lambda epochs=epochs: train(script, tmp_path / str(epochs), **settings | dict(epochs=epochs)))
         for epochs in (1, 10)
@@ -169,7 +169,7 @@ def test_memory_does_not_grow(tmp_path, script, settings):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("method, options", [(PCAE, dict(ptr=PTR((0, 4, 8), 0.5))), (MAE, {}), (SimMIM, {})])
 def test_bytes_kept_for_backward_are_the_allocators(method, options, precision):
-    """Per image; what the allocator counts includes the outputs and is rounded up."""
+    """Compared per image. The allocator also counts outputs and rounds up."""
     model = method(ViT((224, 224), 16, **MODELS["vit_tiny"]), **options).to(DEVICE)
     kept, allocated = [], []
     for count in (8, 24):

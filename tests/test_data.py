@@ -1,4 +1,4 @@
-"""Images in, uint8 batches out: every kind of file, folders of classes, views that nothing but their place decides."""
+"""Data sets and views: every kind of file, class folders, views that depend only on seed, epoch and index."""
 
 import argparse
 import os
@@ -42,7 +42,7 @@ PALETTE = Image.fromarray(IDS, "P")
 PALETTE.putpalette(COLOURS.flatten().tolist())
 FINE, SHEETS = dict(quality=95, subsampling=0), dict(save_all=True, append_images=[Image.fromarray(255 - RGB)])
 
-# What is saved, and how; what is read, (H, W, 3) or (H, W, 1), up to so many levels.
+# Image to save, options; expected pixels, (H, W, 3) or (H, W, 1), and tolerance in levels.
 FILES = {
     "colour.jpg": (SMOOTH, FINE, SMOOTH, 4),
     "grey.jpg": (SMOOTH[..., 0], FINE, SMOOTH[..., :1], 4),
@@ -94,7 +94,7 @@ def test_images_are_turned_upright(tmp_path, name):
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.webp", "a.tif", "a.bmp"])
 def test_broken_files_are_unreadable(tmp_path, name):
     whole = save(tmp_path / name, noise(40, 60, 3)).read_bytes()
-    cut = [whole[: int(share * len(whole))] for share in (0, 0.02, 0.3, 0.6, 0.98)]
+    cut = [whole[: int(part * len(whole))] for part in (0, 0.02, 0.3, 0.6, 0.98)]
     for content in (*cut, b"404 not found\n", b"\xff\xd8\xff\xe0"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UnreadableImage, match=name):
@@ -111,7 +111,7 @@ def write_images(folder, count):
     return folder
 
 
-def test_images_are_found_at_any_depth_but_not_hidden_ones(tmp_path):
+def test_images_are_found_at_any_depth_unless_hidden(tmp_path):
     images = ["a.JPEG", "b.jpg", os.path.join("c", "d", "e.PnG"), os.path.join("c", "f.webp"), "größe 图.TIFF"]
     for name in (*images, "notes.txt", "jpg", "c/a.jpg.part", "._b.jpg", "c/.f.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -119,10 +119,10 @@ def test_images_are_found_at_any_depth_but_not_hidden_ones(tmp_path):
     assert [os.path.relpath(path, tmp_path) for path in image_files.find_images(tmp_path)] == images
 
 
-def test_classes_are_numbered_alike_in_training_and_validation(tmp_path):
+def test_classes_have_equal_labels_in_training_and_validation(tmp_path):
     for count, name in enumerate(("train/cat", "train/cow", "train/dog", "val/cat", "val/dog", "val/.cache"), start=1):
         (write_images(tmp_path / name, count) / "._00.png").touch()
-    assert len(data.unlabelled_images(str(tmp_path), "", (8, 8))) == 6, "pre-training takes train/, too"
+    assert len(data.unlabelled_images(str(tmp_path), "", (8, 8))) == 6, "pre-training also uses train/"
     train = data.labelled_images(str(tmp_path), "", (8, 8))
     val = data.validation_images(str(tmp_path), "", (8, 8), classes=train.classes)
     assert train.classes == val.classes == ["cat", "cow", "dog"]
@@ -134,14 +134,14 @@ def test_classes_are_numbered_alike_in_training_and_validation(tmp_path):
 
 
 @pytest.mark.parametrize("name", [*list(data.SETS)[1:], "nowhere"])
-def test_data_that_are_not_there_are_refused(tmp_path, name):
+def test_missing_data_are_rejected(tmp_path, name):
     for read in (data.unlabelled_images, data.labelled_images, data.validation_images):
         with pytest.raises(SystemExit, match="--data"):
             read(name, str(tmp_path), (8, 8))
 
 
 class Labelled(TensorDataset):
-    """Not in memory, as far as data.py knows; an image's pixels are its number."""
+    """A data set not in memory, whose pixels are the number of the image."""
 
     def __init__(self, numbers, targets, classes):
         super().__init__(numbers, torch.tensor(targets))
@@ -149,7 +149,7 @@ class Labelled(TensorDataset):
 
 
 @pytest.mark.parametrize("kind", [InMemory, Labelled])
-def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
+def test_subsets_have_labels_and_are_part_of_larger_subsets(kind):
     labels = torch.randint(10, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     images = kind(torch.arange(400)[:, None, None, None], labels, list("abcdefghij"))
 
@@ -157,9 +157,9 @@ def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
         return [int(part[i][0].flatten()[0]) for i in range(len(part))]
 
     counts = np.bincount(images.targets).tolist()
-    few = {share: data.few_labels(images, share, seed=0) for share in (1e-9, 0.1, 0.5)}
-    for share, part in few.items():
-        assert np.bincount(part.targets).tolist() == [max(1, round(share * count)) for count in counts]
+    few = {fraction: data.few_labels(images, fraction, seed=0) for fraction in (1e-9, 0.1, 0.5)}
+    for fraction, part in few.items():
+        assert np.bincount(part.targets).tolist() == [max(1, round(fraction * count)) for count in counts]
     again, other = (indices(data.few_labels(images, 0.1, seed)) for seed in (0, 1))
     assert indices(few[0.1]) == again != other
     limited = {limit: data.at_most(images, limit) for limit in (30, 100, 400, 500)}
@@ -171,14 +171,14 @@ def test_parts_know_their_labels_and_lie_within_larger_ones(kind):
 
 
 @pytest.mark.parametrize("name", [*data.SETS, "some/folder"])
-def test_what_no_flag_gives_is_filled_in(name):
+def test_flags_that_are_not_given_are_filled_in(name):
     expected = data.SETS.get(name, data.FOLDER)
     args = argparse.Namespace(data=name, **dict.fromkeys(expected))
     data.fill_in(args)
     assert {key: getattr(args, key) for key in expected} == expected and args.image_size[0] % args.patch_size == 0
     given = argparse.Namespace(data=name, image_size=[7], workers=3, min_crop=0.1)
     data.fill_in(given)
-    assert vars(given) == dict(data=name, image_size=[7], workers=3, min_crop=0.1), "flags win, and no other appears"
+    assert vars(given) == dict(data=name, image_size=[7], workers=3, min_crop=0.1), "given flags stay, without new ones"
 
 
 # --- views and loaders ------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ KINDS = dict(pretraining=CROP, finetuning=v2.Compose([CROP, *data.augmentations(
 
 
 def epoch_of(loader, epoch):
-    """An epoch's batches as lists of (number, view in bytes)."""
+    """Return the batches of an epoch as lists of (number, view as bytes)."""
     loader.sampler.set_epoch(epoch)
     pairs = (zip(numbers.tolist(), views, strict=True) for views, numbers, _ in loader)
     return [[(number, bytes(view.numpy())) for number, view in batch] for batch in pairs]
@@ -209,14 +209,14 @@ def test_views_depend_on_seed_epoch_and_index_alone(kind):
         batches = epoch_of(one, epoch)
         assert batches == epoch_of(by_workers, epoch)
         for whole, first, second in zip(batches, *(epoch_of(loader, epoch) for loader in two), strict=True):
-            assert whole[0::2] == first and whole[1::2] == second, "the batches of two processes make up that of one"
+            assert whole[0::2] == first and whole[1::2] == second, "two processes together have the batch of one"
         numbers = [number for batch in batches for number, _ in batch]
         assert len(numbers) == len(set(numbers)) == 24 and numbers != sorted(numbers)
         seen.update(*batches)
-    assert len(seen) == 48, "another view in each epoch"
+    assert len(seen) == 48, "views differ between epochs"
     state = torch.get_rng_state()
     view, other_seed = (Views(numbered(29), KINDS[kind], seed=seed)[2, 5][0] for seed in (0, 1))
-    assert torch.equal(torch.get_rng_state(), state), "the caller's draws stay what they were"
+    assert torch.equal(torch.get_rng_state(), state), "the generator of the caller is unchanged"
     assert not torch.equal(view, other_seed)
 
 
@@ -244,16 +244,16 @@ def test_center_view():
     assert torch.equal(CenterView((32, 32))(wide), wide[:, :, 16:48])
     assert torch.equal(CenterView((32, 32))(tall), tall[:, 19:51])
     (square, _), ((view, *_),) = numbered(1)[0], scored(numbered(1), (42, 42))
-    assert torch.equal(view, square[:, 3:45, 3:45]), "42 of 48, as 224 of 256"
+    assert torch.equal(view, square[:, 3:45, 3:45]), "42 of 48 pixels, like 224 of 256"
     assert [data.evaluation_margin((side, 64)) for side in (64, 224, 256)] == [8 / 7, 8 / 7, 1], "as MAE's"
     assert torch.equal(data.pretraining_view((24, 40), min_crop=1)(fits), fits)
     for size in ((1, 9), (7, 3), (17, 90)):
-        assert (CenterView((33, 21), margin=8 / 7)(torch.full((3, *size), 77).byte()) == 77).all(), "no black borders"
+        assert (CenterView((33, 21), margin=8 / 7)(torch.full((3, *size), 77).byte()) == 77).all(), "without borders"
     ramp = torch.arange(200)[None, None].expand(3, 100, 200).byte()  # a column's level is its number
     assert (CenterView((50, 50))(ramp)[0, 20] - (2 * torch.arange(50) + 50.5))[2:-2].abs().max() <= 1
 
 
-def test_random_crops_keep_the_share_asked_for_and_half_are_flipped():
+def test_random_crops_keep_the_requested_area_and_half_are_flipped():
     y, x = torch.meshgrid(2 * torch.arange(128), 2 * torch.arange(128), indexing="ij")
     torch.manual_seed(0)
     crops = [data.pretraining_view((64, 64), 0.3)(torch.stack([x, y, x]).byte()).float() / 255 for _ in range(100)]
@@ -262,16 +262,16 @@ def test_random_crops_keep_the_share_asked_for_and_half_are_flipped():
     assert 0.27 < areas.min() < 0.4 and areas.max() > 0.8 and 30 < (widths < 0).sum() < 70
 
 
-def test_rand_augment_is_as_strong_as_asked_for():
+def test_rand_augment_has_the_requested_strength():
     torch.manual_seed(0)
     for strength in (5, 9):
         (view,) = data.augmentations(strength, 0)
         levels = {int(view(torch.full((3, 16, 16), 100, dtype=torch.uint8))[0, 8, 8]) for _ in range(200)}
-        assert {100 - 9 * strength, 100 + 9 * strength} <= levels, "of the brightness alone"
+        assert {100 - 9 * strength, 100 + 9 * strength} <= levels, "brightness alone"
 
 
-def test_random_erasing_fills_a_rectangle_with_the_noise_of_imagenet():
-    image = torch.full((3, 80, 60), 2, dtype=torch.uint8)  # a level that the noise hardly takes in all three channels
+def test_random_erasing_fills_a_rectangle_with_noise_of_imagenets_statistics():
+    image = torch.full((3, 80, 60), 2, dtype=torch.uint8)  # a level that noise rarely has in all three channels
     torch.manual_seed(0)
     pixels = []
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Detection: a ViT under a pyramid, PTR in it, Mask R-CNN on it, and the script's runs, to their last bit."""
+"""Detection: ViT pyramid with PTR, Mask R-CNN, and runs of the script, compared to the last bit."""
 
 import argparse
 import math
@@ -20,7 +20,7 @@ from util import runs
 from util.training import World
 
 ALONE = World(rank=0, size=1, device=torch.device("cpu"))
-# Four steps on images of 32 pixels, with all that is random.
+# Four steps on images of 32 pixels, with everything random.
 TINY = dict(
     init="none",
     limit=8,
@@ -48,7 +48,7 @@ def run(folder, name, **changes):
 
 
 def bare(pyramid):
-    """A pyramid whose maps are the tokens of the tapped blocks, as they are."""
+    """Reduce a pyramid to maps of the tapped blocks' tokens."""
     pyramid.resample, pyramid.fpn = nn.ModuleList(nn.Identity() for _ in STRIDES), nn.Identity()
     return pyramid
 
@@ -64,7 +64,7 @@ def objects(size, *boxes):
 
 
 @pytest.mark.parametrize("patch_size", [4, 8, 16])
-def test_maps_have_the_strides_of_the_pyramid_whatever_the_patches(patch_size):
+def test_maps_have_the_strides_of_the_pyramid_for_all_patch_sizes(patch_size):
     maps = ViTPyramid(small_vit(patch_size=patch_size), 8)(torch.randn(2, 3, 96, 160), [(96, 160), (65, 70)])
     expected = [(2, 8, 96 // stride, 160 // stride) for stride in STRIDES]
     assert [tuple(x.shape) for x in maps.values()] == [*expected, (2, 8, 2, 3)]
@@ -83,7 +83,7 @@ def test_maps_are_the_patch_tokens_of_four_blocks(depth, taps):
 
 
 @pytest.mark.parametrize("ptr", [PTR(), PTR((0, 3), 0.4)], ids=["all", "ptr"])
-def test_an_image_does_not_depend_on_the_others_of_its_batch_nor_on_padding(ptr):
+def test_maps_do_not_depend_on_padding_or_other_images_in_the_batch(ptr):
     model, images = bare(ViTPyramid(small_vit(), 8)), torch.randn(4, 3, 64, 64)
     sizes = [(40, 60), (64, 30), (33, 57), (17, 9)]
     together = model(images, sizes, ptr)
@@ -93,15 +93,15 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch_nor_on_padding(ptr)
         for name, x in together.items():
             torch.testing.assert_close(x[i, :, :rows, :columns], alone[name][0], atol=1e-5, rtol=0)
             inside = (torch.arange(8)[:, None] < rows) & (torch.arange(8) < columns)
-            assert torch.equal(x[i].abs().sum(0) > 0, inside), "all of the image, and nothing where it is padded"
+            assert torch.equal(x[i].abs().sum(0) > 0, inside), "zero exactly in the padding"
 
 
-def test_positions_are_those_of_any_grid_and_learned_ones_are_resized():
+def test_positions_fit_any_grid_and_learned_positions_are_resized():
     vit = small_vit((4, 6))
     for grid in ((4, 6), (1, 1), (9, 3), (40, 7)):
         assert torch.equal(ViTPyramid(vit, 8).positions(grid), sincos_position_embedding(16, grid)[0])
     vit.pos_embed.data.copy_(vit.pos_embed.half())
-    assert not has_learned_positions(vit), "of a file in half precision"
+    assert not has_learned_positions(vit), "rounded to half precision, as in some files"
     vit.pos_embed.data[0, 5, 3] += 0.1
     assert has_learned_positions(vit)
     model = ViTPyramid(vit, 8, learned_positions=True)
@@ -126,8 +126,8 @@ def test_dropped_tokens_keep_their_last_value():
         torch.testing.assert_close(x, expected[tap])
 
 
-def test_regions_are_pooled_from_the_map_of_their_size():
-    """Torchvision would infer other strides from a small image in a large batch."""
+def test_rois_are_pooled_from_the_map_of_their_size():
+    """torchvision would infer wrong strides from a small image in a large batch."""
     maps = {str(i): torch.randn(1, 4, 256 // stride, 256 // stride) for i, stride in enumerate(STRIDES)}
     for side, level in ((20, 0), (50, 0), (60, 1), (110, 1), (115, 2), (220, 2), (250, 3), (700, 3)):
         box = torch.tensor([[8.0, 12.0, 8 + side, 12 + side]])
@@ -136,14 +136,14 @@ def test_regions_are_pooled_from_the_map_of_their_size():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_parameter_learns_from_five_finite_losses_also_without_objects(channels):
+def test_all_parameters_get_gradients_from_five_finite_losses_even_without_objects(channels):
     model = small_detector(channels=channels)
     for target in (objects((32, 48)), objects((32, 48), (2, 2, 20, 20), (8, 10, 30, 30))):
         model.zero_grad()
         losses = model([torch.rand(channels, 32, 48)], [target], PTR((0, 3), 0.3))
         assert losses.keys() == set(LOSSES) and all(loss.isfinite() for loss in losses.values())
         sum(losses.values()).backward()
-        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "DDP would wait for it"
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad), "else DDP would wait"
     assert model.backbone.encoder.blocks[0].mlp.fc1.weight.grad.abs().sum() > 0
 
 
@@ -171,19 +171,19 @@ def test_objects_are_found_in_the_pixels_of_each_image():
         assert found["masks"].shape[1:] == (1, height, width) and found["labels"].min() >= 1
         assert (found["boxes"] <= torch.tensor([width, height] * 2) + 1e-3).all() and found["boxes"].min() >= 0
         assert found["boxes"][:, 2].max() > width / 2
-    assert seen == [((64, 64), [(40, 60), (32, 64)])], "the last of the short sides, unless the long one decides"
+    assert seen == [((64, 64), [(40, 60), (32, 64)])], "the last short side, unless the long side limits the size"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where the scenes lie, and in `whole` a run that nothing interrupted."""
+    """Return a folder with the scenes and, in `whole`, an uninterrupted run."""
     folder = tmp_path_factory.mktemp("detect")
     run(folder, "whole")
     return folder
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # it names the image that is not there
-def test_scoring_takes_each_readable_image_once_and_uses_ptr(folder):
+@pytest.mark.filterwarnings("ignore::UserWarning")  # names the missing image
+def test_evaluation_uses_each_readable_image_once_and_ptr(folder):
     images = CocoDetection(*find_annotations(next((folder / "data").iterdir()), "val"), limit=3)
     images.coco.imgs[images.ids[0]]["file_name"] = "nowhere.png"
     model, precision = small_detector(num_classes=10), argparse.Namespace(precision="fp32")
@@ -207,7 +207,7 @@ def test_run_folder(folder):
     assert best["history"][-1]["box_ap"] == max(row["box_ap"] for row in rows) and "optimizer" not in best
 
 
-def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder):
+def test_a_killed_and_resumed_run_equals_the_uninterrupted_one(folder):
     process = start("detect", folder / "killed", data_root=folder / "data", **TINY)
     wait_for_rows(process, folder / "killed", 1)
     process.kill()
@@ -216,25 +216,25 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_one(folder):
     assert_same_run(resumed, runs.load(folder / "whole" / "last.pt"))
 
 
-def test_training_moves_all_weights_and_draws_crops_drops_and_new_views(folder):
+def test_training_changes_all_weights_and_uses_crops_drops_and_new_views(folder):
     still = dict(blr=0.0, drop_path=0.0, drop_ratio=0.0, crop_ratio=0.0, rois=512, limit=4)
     initial = run(folder, "still", **still)
     trained = runs.load(folder / "whole" / "last.pt")["model"]
     same = [name for name, weight in initial["model"].items() if torch.equal(weight, trained[name])]
     assert same == ["backbone.encoder.pos_embed"]
-    first, second = (row["loss_mask"] for row in initial["history"])  # which the regions' draws have no part in
-    assert first != pytest.approx(second, rel=1e-5), "each epoch flips other images"
+    first, second = (row["loss_mask"] for row in initial["history"])  # independent of the sampled RoIs
+    assert first != pytest.approx(second, rel=1e-5), "flips differ between epochs"
     for change in (dict(drop_ratio=0.5), dict(crop_ratio=1.0), dict(drop_path=0.5)):
         row = run(folder, "changed", **still | dict(epochs=1) | change)["history"][0]
         assert row["loss_mask"] != pytest.approx(first, rel=1e-5)
 
 
-def test_a_public_encoder_with_learned_positions_in_grey_is_trained_and_scored_at_two_ratios(folder, capsys):
+def test_a_public_grey_encoder_with_learned_positions_is_trained_and_evaluated_at_two_ratios(folder, capsys):
     vit = small_vit(dim=64, depth=3, heads=4, channels=1)
     nn.init.normal_(vit.pos_embed, std=0.02)
     torch.save(dict(model=vit.state_dict()), folder / "public.pt")
     checkpoint = run(folder, "grey", init=folder / "public.pt", epochs=1)
-    assert not torch.equal(checkpoint["model"]["backbone.encoder.pos_embed"], vit.pos_embed), "they go on learning"
+    assert not torch.equal(checkpoint["model"]["backbone.encoder.pos_embed"], vit.pos_embed), "positions are trained"
     detect.main(flags(eval=folder / "grey" / "last.pt", drop_ratio=[0, 0.5], drop_blocks=0, limit=2, device="cpu"))
     tables = capsys.readouterr().out.split("drop ratio ")[1:]
     assert [table.split()[0] for table in tables] == ["0", "0.5"]

@@ -1,4 +1,4 @@
-"""Each script on the device of `foreign.py`, which rejects what CUDA rejects and counts how often the host waits."""
+"""Each script on the device of `foreign.py`, which rejects what CUDA rejects and counts waits of the host."""
 
 import json
 import subprocess
@@ -31,7 +31,7 @@ PTR = dict(drop_ratio=0.3, drop_blocks=[0, 2])
 
 @pytest.fixture(scope="module")
 def device():
-    """Start a process with the device; `device(script, ...)` runs a script there and returns text and waits."""
+    """Start a process with the device; `device(script, ...)` runs a script in it and returns output and waits."""
     command = [sys.executable, str(ROOT / "tests" / "foreign.py")]
     with subprocess.Popen(
         command, env=ENVIRONMENT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -52,14 +52,14 @@ def device():
 
 @pytest.fixture(autouse=True)
 def attention():
-    """Compute attention on the CPU as on devices without a kernel for it: by matrix products."""
+    """Compute attention on the CPU by matrix products, as on devices without an attention kernel."""
     with sdpa_kernel(SDPBackend.MATH):
         yield
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 image files of three classes for training, 18 for validation; detect.py writes its scenes beside them."""
+    """Write 48 training and 18 validation images of three classes. detect.py writes its scenes to the same folder."""
     folder = tmp_path_factory.mktemp("data")
     for i, name in enumerate(("ant", "bee", "cat")):
         helpers.write_images(folder / "train" / name, 16, shade=10 * i)
@@ -68,7 +68,7 @@ def folder(tmp_path_factory):
 
 
 def with_data(script, folder, settings):
-    """Settings of a script, completed by the data: `folder` unless they name a data set."""
+    """Add the data to a script's settings: `folder`, unless the settings name a data set."""
     return (dict(data_root=folder) if script == "detect" else dict(data=folder)) | settings
 
 
@@ -110,7 +110,7 @@ STEPS = [
 
 @pytest.mark.parametrize("script, settings", STEPS)
 def test_each_step_waits_once(tmp_path, device, folder, script, settings):
-    """Where the loss is read; one step more is one wait more."""
+    """The host waits where the loss is read: two more steps, two more waits."""
     waits = []
     for limit in (16, 48):
         settings = with_data(script, folder, settings | dict(limit=limit))
@@ -118,12 +118,12 @@ def test_each_step_waits_once(tmp_path, device, folder, script, settings):
     assert waits[1] - waits[0] == {"metrics.compute": 2}
 
 
-# --- what one device wrote, read on the other -------------------------------------------------------------------------
+# --- files of one device, read on the other ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory, device, folder):
-    """One epoch of each script on the device: the run folders `pretrain`, `finetune` and `detect`."""
+    """Run one epoch of each script on the device, in `pretrain`, `finetune` and `detect`; return the parent folder."""
     root = tmp_path_factory.mktemp("written")
     for script, settings in dict(pretrain=PCAE, finetune=FINETUNE | PTR, detect=DETECT | PTR).items():
         device(script, out=root / script, **with_data(script, folder, settings))
@@ -131,7 +131,7 @@ def written(tmp_path_factory, device, folder):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "detect"])
-def test_both_resume_what_the_other_wrote(tmp_path, device, written, script):
+def test_each_device_resumes_runs_of_the_other(tmp_path, device, written, script):
     def extended(path, epochs):
         checkpoint = runs.load(path)
         checkpoint["config"]["epochs"] = epochs

@@ -1,4 +1,4 @@
-"""Data are questioned: broken scoring sets, links, folders that are not classes, ids, mirrored images, names."""
+"""Doubtful data: broken validation sets, links, folders that are not classes, ids, mirrored images, names."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def write_classes(folder, *names, count=10):
 
 
 def write_ramps(folder, image_id=int, category_id=int):
-    """Ramps with a square each in COCO's format; annotations have their ids as these types."""
+    """Write ramps with one square each in COCO's format; ids in annotations have the given types."""
     (folder / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
         (folder / f"{split}2017").mkdir()
@@ -49,12 +49,12 @@ def write_ramps(folder, image_id=int, category_id=int):
     return folder
 
 
-# --- what cannot be read ----------------------------------------------------------------------------------------------
+# --- unreadable images ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:skipped an unreadable image")
-def test_what_was_scored_is_what_counts(tmp_path, capsys):
-    """With few unreadable images they are counted, with most there is no score: of any kind."""
+def test_only_readable_images_are_counted(tmp_path, capsys):
+    """A few unreadable images are skipped in each evaluation; most images unreadable is an error."""
     folder, settings = write_classes(tmp_path / "images", "a", "bb", count=20), TINY | dict(init="none")
     broken = sorted((folder / "val").rglob("*.*"))
     for path in broken[:2]:
@@ -74,7 +74,7 @@ def test_what_was_scored_is_what_counts(tmp_path, capsys):
 
 @pytest.mark.filterwarnings("ignore:skipped an unreadable image")
 @pytest.mark.parametrize("broken", [0, 3, 30])
-def test_what_was_scored_is_what_counts_in_detection(tmp_path, broken):
+def test_only_readable_images_are_counted_in_detection(tmp_path, broken):
     folder = write_ramps(tmp_path / "coco")
     for i in range(1, 1 + broken):
         (folder / f"val2017/{i}.png").write_bytes(b"404 not found")
@@ -92,19 +92,19 @@ def test_what_was_scored_is_what_counts_in_detection(tmp_path, broken):
 
 @pytest.mark.parametrize("target", [".", "..", "../..", "../bb", "deeper"])
 def test_links_do_not_multiply_images(tmp_path, target):
-    """Each folder counts once, however many links lead to it, and none that holds the one that is read."""
+    """Each folder counts once, however many links lead to it. Parent folders are not followed."""
     folder = write_classes(tmp_path / "images", "a", "bb") / "train"
     before = {name: len(find_images(folder / name)) for name in ("a", "bb")}
     for name in ("link", "another")[: 2 if target in ("../bb", "deeper") else 1]:
         (folder / "a" / name).symlink_to(target, target_is_directory=True)
-    foreign = before["bb"] if target == "../bb" else 0  # which links add, once
+    foreign = before["bb"] if target == "../bb" else 0  # added once by the links
     assert len(find_images(folder / "a")) == before["a"] + foreign
     assert len(find_images(folder)) == before["a"] + before["bb"]
     if not foreign:
         assert len(class_folders(folder)) == before["a"] + before["bb"]
 
 
-def test_folders_without_images_are_no_classes(tmp_path, capsys):
+def test_folders_without_images_are_not_classes(tmp_path, capsys):
     folder = write_classes(tmp_path, "ant", "bee", "cat")
     for split in ("train", "val"):
         (folder / split / "__MACOSX" / "ant").mkdir(parents=True)
@@ -115,8 +115,8 @@ def test_folders_without_images_are_no_classes(tmp_path, capsys):
     assert train("finetune", tmp_path / "run", data=folder, init="none", **TINY)["classes"] == ["ant", "bee", "cat"]
 
 
-def test_one_class_is_refused(tmp_path):
-    """Also where a folder holds those of the classes."""
+def test_a_single_class_is_rejected(tmp_path):
+    """Also if the class folders are one level too deep."""
     write_classes(tmp_path / "one", "ant")
     write_classes(tmp_path / "deep", "images/ant", "images/bee")
     for name in ("one", "deep"):
@@ -126,7 +126,7 @@ def test_one_class_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("types", [dict(image_id=str), dict(category_id=str), dict(image_id=str, category_id=str)])
-def test_ids_that_are_text_on_one_side_are_refused(tmp_path, types):
+def test_ids_that_are_text_on_one_side_are_rejected(tmp_path, types):
     with pytest.raises(SystemExit, match=f"instances_val2017.json.* {next(iter(types))}"):
         CocoDetection(*coco.find_annotations(write_ramps(tmp_path, **types), "val"))
 
@@ -135,7 +135,7 @@ def test_ids_that_are_text_on_one_side_are_refused(tmp_path, types):
 
 
 class OneByOne(Dataset):
-    """Forty ramps that are not in memory, as far as data.py knows."""
+    """Forty ramps as a data set that is not in memory."""
 
     targets, classes = [i % 2 for i in range(40)], ["a", "b"]
 
@@ -154,8 +154,8 @@ class OneByOne(Dataset):
         ("detect", None),
     ],
 )
-def test_no_image_is_mirrored_where_a_flag_forbids_it(tmp_path, monkeypatch, script, images, flip):
-    """In batches of crops at once, one by one, and with objects."""
+def test_images_are_mirrored_unless_no_flip_is_given(tmp_path, monkeypatch, script, images, flip):
+    """For crops of a batch at once, single crops, and images with objects."""
     mirrored, original = [], training.batches
 
     def batches(loader):
@@ -187,8 +187,8 @@ LOCALES = [dict(PYTHONIOENCODING="ascii"), dict(PYTHONUTF8="0", PYTHONCOERCECLOC
 
 @pytest.mark.parametrize("script", ["finetune", "detect"])
 @pytest.mark.parametrize("locale", LOCALES, ids=str)
-def test_names_that_cannot_be_printed_end_no_run(tmp_path, script, locale):
-    """Of classes, of a folder without images, and in a file that is UTF-8 whatever the locale."""
+def test_names_that_cannot_be_printed_do_not_end_a_run(tmp_path, script, locale):
+    """Names of classes, of a folder without images, and in a UTF-8 file under any locale."""
     name, settings = "größe 图", dict(init="none", epochs=1, batch_size=8, workers=0, device="cpu")
     if script == "finetune":
         folder = write_classes(tmp_path / "images", name, "plain")

@@ -1,4 +1,4 @@
-"""The fine-tuning script: what is trained from where, what stays the same, scores, tables, export, and mistakes."""
+"""The fine-tuning script: initialisation, trained parameters, invariances, evaluation, export, invalid settings."""
 
 import argparse
 import json
@@ -22,14 +22,14 @@ from weights import load_classifier, load_encoder
 
 CPU = torch.device("cpu")
 NAMES = ["ant", "bee", "cat"]
-# 3 steps an epoch, 6 in all.
+# 3 steps per epoch, 6 in total.
 TINY = dict(batch_size=16, epochs=2, image_size=16, workers=0, device="cpu")
 SCRATCH = TINY | dict(init="none", patch_size=4)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """48 images of three classes, 17 to score: no cat, and ants and bees swapped, so that one who learns gets worse."""
+    """Write 48 images of three classes and 17 to validate: no cats, ants and bees swapped, so training lowers top-1."""
     folder = tmp_path_factory.mktemp("classes")
     for i, name in enumerate(NAMES):
         helpers.write_images(folder / "train" / name, 16, shade=10 * i)
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
-    """A checkpoint of pre-training; its student and teacher differ."""
+    """Return a checkpoint of pre-training, whose student and teacher differ."""
     out = tmp_path_factory.mktemp("pretrained")
     train("pretrain", out, limit=64, batch_size=16, epochs=1, image_size=16, knn_every=0, device="cpu")
     return out / "last.pt"
@@ -47,7 +47,7 @@ def pretrained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, folder):
-    """The folder of a run with PTR."""
+    """Return the folder of a finished run with PTR."""
     out = tmp_path_factory.mktemp("finished") / "run"
     changes = dict(data=folder, epochs=6, blr=0.02, drop_ratio=0.4, drop_blocks=1, criterion="reverse", seed=1)
     train("finetune", out, **SCRATCH | changes)
@@ -55,7 +55,7 @@ def finished(tmp_path_factory, folder):
 
 
 def images_of(folder):
-    """All images of a folder as they are scored, (n, 3, 16, 16), and their labels (n,)."""
+    """Return all images of a folder as evaluation sees them, (n, 3, 16, 16), and their labels (n,)."""
     images, labels, _ = zip(*helpers.scored(class_folders(folder, NAMES), (16, 16)), strict=True)
     return data.Normalize()(torch.stack(images)), torch.tensor(labels)
 
@@ -65,7 +65,7 @@ def logits_of(path, images, ptr=NO_PTR, pool=None):
     return load_classifier(runs.load(path), pool=pool).eval()(images, ptr=ptr)
 
 
-def test_what_a_run_leaves(finished, folder):
+def test_files_of_a_run(finished, folder):
     assert {path.name for path in finished.iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt", "best.pt"}
     last, best = runs.load(finished / "last.pt"), runs.load(finished / "best.pt")
     assert (last["method"], last["epoch"], last["step"], last["classes"]) == ("finetune", 6, 18, NAMES)
@@ -80,7 +80,7 @@ def test_what_a_run_leaves(finished, folder):
 
 
 def test_four_steps_by_hand(tmp_path, folder):
-    """The whole training loop, of two epochs, in plain torch: images, mixing, smoothed loss, clipping, AdamW, rates."""
+    """The training loop of two epochs in plain torch: images, mixing, loss, clipping, AdamW, learning rates."""
     checkpoint = train(
         "finetune",
         tmp_path,
@@ -123,11 +123,11 @@ def test_four_steps_by_hand(tmp_path, folder):
 
 @pytest.mark.parametrize("weights", ["student", "teacher"])
 def test_starts_from_init(tmp_path, folder, pretrained, weights):
-    """With a learning rate of zero the run ends where it starts."""
+    """At a learning rate of 0 the weights do not change."""
     checkpoint = train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, weights=weights, blr=0))
     source = runs.load(pretrained)
     assert not identical(source["student"], source["teacher"])
-    for name in source[weights].keys() - {"norm.weight", "norm.bias"}:  # the pooled mean has a norm of its own
+    for name in source[weights].keys() - {"norm.weight", "norm.bias"}:  # mean pooling has its own norm
         assert torch.equal(checkpoint["model"][f"encoder.{name}"], source[weights][name])
 
 
@@ -140,8 +140,8 @@ def test_starts_from_init(tmp_path, folder, pretrained, weights):
         ("none", dict(linear_probe=True, drop_path=0.5, weight_decay=0.3)),
     ],
 )
-def test_what_is_trained(tmp_path, folder, pretrained, moving, changes):
-    """All of it; with a layer decay of zero only what is behind the blocks; of a probe the head alone."""
+def test_trained_parameters(tmp_path, folder, pretrained, moving, changes):
+    """All parameters; with a layer decay of 0 those after the blocks; of a linear probe the head."""
     end = train("finetune", tmp_path, **TINY | dict(data=folder, init=pretrained, epochs=10) | changes)["model"]
     assert log(tmp_path)[-1]["loss"] < log(tmp_path)[0]["loss"]
     start = {f"encoder.{name}": tensor for name, tensor in runs.load(pretrained)["student"].items()}
@@ -152,7 +152,7 @@ def test_what_is_trained(tmp_path, folder, pretrained, moving, changes):
 
 
 def test_mixing():
-    """MixUp blends pixels, CutMix leaves them as they are; with both, each batch gets one of the two."""
+    """MixUp blends pixels, CutMix copies them. With both, each batch gets one of the two."""
     images, labels = torch.arange(4.0)[:, None, None, None].expand(4, 1, 8, 8), torch.arange(4)
     torch.manual_seed(0)
     for mixup, cutmix, expected in ((1.0, 0.0, {True}), (0.0, 1.0, {False}), (1.0, 1.0, {True, False})):
@@ -162,7 +162,7 @@ def test_mixing():
 
 
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path, folder):
-    """With all that draws random numbers, to the same command; once more, when it is finished, nothing changes."""
+    """With all random draws, by the same command. Resuming the finished run changes nothing."""
     settings = SCRATCH | dict(
         data=folder,
         epochs=5,
@@ -182,7 +182,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path, folder):
     with helpers.start("finetune", killed, **settings) as process:
         helpers.wait_for_rows(process, killed, 1)
         process.kill()
-    assert runs.load(killed / "last.pt")["epoch"] < 5, "it should not have come to its end"
+    assert runs.load(killed / "last.pt")["epoch"] < 5, "the run ended before it was killed"
     for words in (settings, {}):
         helpers.assert_same_run(uninterrupted, train("finetune", killed, resume=True, **words))
     best = [runs.load(out / "best.pt") for out in (whole, killed)]
@@ -190,7 +190,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path, folder):
 
 
 def test_micro_batches_and_two_processes_equal_one(tmp_path, folder):
-    """All 17 images are scored, with what is saved, also of a probe, whose statistics are of all processes."""
+    """All 17 images are evaluated. The saved weights give the same loss. A probe uses statistics of all processes."""
     settings = SCRATCH | dict(data=folder, epochs=1, warmup_epochs=0)
     whole = train("finetune", tmp_path / "whole", **settings)
     helpers.assert_close_runs(whole, train("finetune", tmp_path / "parts", **settings, micro_batch=4), ["model"])
@@ -204,7 +204,7 @@ def test_micro_batches_and_two_processes_equal_one(tmp_path, folder):
 
 
 def test_steps_that_are_not_finite(tmp_path, folder):
-    """Images of a class that costs infinitely much are passed over; ten in a row end the run. No such step is taken."""
+    """Steps with an infinite loss are skipped, and ten in a row end the run. Skipped steps change no weights."""
 
     def resume(run, bias, **config):
         run["model"]["head.bias"][0] = bias
@@ -215,7 +215,7 @@ def test_steps_that_are_not_finite(tmp_path, folder):
     second = resume(first, -math.inf, epochs=2)
     assert second["history"][-1]["skipped"] == 16 and math.isfinite(second["history"][-1]["loss"])
     with pytest.raises(SystemExit):
-        resume(second, math.nan, epochs=6, batch_size=16)  # 3 steps an epoch
+        resume(second, math.nan, epochs=6, batch_size=16)  # 3 steps per epoch
     third = runs.load(tmp_path / "last.pt")
     assert third["epoch"] == 5
     for name in first["model"].keys() - {"head.bias"}:
@@ -224,7 +224,7 @@ def test_steps_that_are_not_finite(tmp_path, folder):
 
 
 def test_few_labels(tmp_path, folder):
-    """A quarter of each class, and batches no larger than that, also when the same command resumes."""
+    """A quarter of each class; the batch is at most as large, also when the same command resumes."""
     settings = SCRATCH | dict(data=folder, label_fraction=0.25)
     checkpoint = train("finetune", tmp_path, **settings)
     assert (checkpoint["num_images"], checkpoint["step"], checkpoint["classes"]) == (12, 2, NAMES)
@@ -243,7 +243,7 @@ def test_knn(folder, pretrained, capsys, by):
 
 
 def test_eval(finished, folder, capsys):
-    """The data, and how to drop tokens, are those of training where no flag says otherwise."""
+    """Data and PTR are as in training, unless flags are given."""
     helpers.evaluate(finished / "last.pt", drop_ratio=[0, 0.4])
     text = capsys.readouterr().out
     helpers.evaluate(finished / "last.pt")
@@ -267,8 +267,8 @@ def test_an_exported_classifier_gives_the_same_logits(tmp_path, folder, finished
     torch.testing.assert_close(exported, logits_of(path, images))
 
 
-def test_mistakes(tmp_path, folder, pretrained, finished):
-    """Flags that do not fit, and files: no weights, another script's, classes in another order or number."""
+def test_invalid_settings_and_files(tmp_path, folder, pretrained, finished):
+    """Flags that do not fit; files without weights, of another script, with other classes or order."""
     last, names = runs.load(finished / "last.pt"), [shape.__name__ for shape in SHAPES]
     model = last["model"] | {"head.weight": torch.zeros(10, 64), "head.bias": torch.zeros(10)}
     runs.save(tmp_path / "order.pt", last | dict(model=model, classes=names[::-1], config={}))

@@ -1,4 +1,4 @@
-"""No number is wrong without a word: what a public file does not say, what an export says, and a probe's statistics."""
+"""No silent wrong numbers: settings that a public file lacks, settings of an export, statistics of a probe."""
 
 import json
 
@@ -20,13 +20,13 @@ from weights import find_weights, load_classifier, load_encoder, resize_position
 
 quiet = [].append
 HALF = (0.5, 0.5, 0.5)
-SIZE = (16, 64)  # two rows of eight patches: as many as in a square of four by four
+SIZE = (16, 64)  # 2 x 8 patches: as many as in a grid of 4 x 4
 TOLD = dict(heads=12, grid=[2, 8], mean=[*HALF], std=[*HALF])
 TINY = dict(data="shapes", limit=64, batch_size=16, epochs=1, image_size=16, workers=0, device="cpu")
 
 
 def score(capsys, path, **settings):
-    """What evaluate.py prints, and the top-1 accuracy in it."""
+    """Return the output of evaluate.py and the top-1 accuracy in it."""
     capsys.readouterr()
     helpers.evaluate(path, **settings)
     out = capsys.readouterr().out
@@ -44,7 +44,7 @@ def save_public(path, model):
 @pytest.mark.parametrize("size", [(72, 128), (128, 72), (48, 192), (72, 132), (96, 96), (48, 48)])
 @pytest.mark.parametrize("load", [load_encoder, lambda *args, **options: load_classifier(*args, **options).encoder])
 def test_positions_of_a_square_are_resized_for_any_grid(size, load):
-    """Also for one that has as many patches as the square."""
+    """Also for grids with the same number of patches as the square."""
     model = Classifier(ViT((96, 96), 4, dim=192, depth=1, heads=3), 2)
     encoder = load(dict(model=timm_weights(model)), image_size=size, log=quiet)
     expected = resize_positions(model.encoder.pos_embed, (24, 24), (size[0] // 4, size[1] // 4))
@@ -54,7 +54,7 @@ def test_positions_of_a_square_are_resized_for_any_grid(size, load):
 @pytest.fixture(scope="module")
 @torch.no_grad()
 def unusual(tmp_path_factory):
-    """A public classifier of an unusual kind, and images whose classes are its answers."""
+    """Write an unusual public classifier, and images whose classes are its predictions."""
     folder = tmp_path_factory.mktemp("unusual")
     torch.manual_seed(0)
     model = Classifier(ViT(SIZE, 8, dim=192, depth=2, heads=12, mean=HALF, std=HALF), 2, pool="class").eval()
@@ -73,8 +73,8 @@ def unusual(tmp_path_factory):
 
 
 @pytest.mark.parametrize("left_out", [None, *TOLD])
-def test_flags_say_what_the_file_does_not(unusual, capsys, left_out):
-    """With all of them each answer is right; what is left out is assumed, in a line that names the flag."""
+def test_flags_give_what_the_file_does_not_record(unusual, capsys, left_out):
+    """With all flags, top-1 is 100 %. A missing flag is replaced by an assumption, whose line names the flag."""
     told = {name: value for name, value in TOLD.items() if name != left_out}
     path, size = unusual / "public.pth", dict(image_size=[*SIZE])
     out, top1 = score(capsys, path, data=unusual, pool="class", **size, **told)
@@ -87,8 +87,8 @@ def test_flags_say_what_the_file_does_not(unusual, capsys, left_out):
 
 
 @pytest.mark.parametrize("lacking", ["norm.", "blocks.1.", "blocks.1.mlp.fc1.", "blocks.0.norm1.bias", "cls_token"])
-def test_a_part_of_a_larger_model_is_refused(tmp_path, lacking):
-    """Such as the first of several files, which has no last norm, or a later one, which lacks blocks."""
+def test_a_part_of_a_larger_model_is_rejected(tmp_path, lacking):
+    """Such as the first of several files, without the final norm, or a later one, without some blocks."""
     tensors = timm_weights(Classifier(ViT((16, 16), 4, dim=192, depth=3, heads=3), 2, pool="class"))
     part = {name: tensor for name, tensor in tensors.items() if not name.startswith(lacking)}
     for load, options in ((load_encoder, {}), (load_classifier, dict(pool="class"))):
@@ -101,7 +101,7 @@ def test_a_part_of_a_larger_model_is_refused(tmp_path, lacking):
 
 
 @torch.no_grad()
-def test_missing_biases_of_qkv_are_zeros():
+def test_missing_biases_of_qkv_are_zero():
     vit = ViT((16, 16), 4, dim=192, depth=2, heads=3).eval()
     tensors = {name: tensor for name, tensor in vit.state_dict().items() if not name.endswith("qkv.bias")}
     for block in vit.blocks:
@@ -115,7 +115,7 @@ def test_missing_biases_of_qkv_are_zeros():
 
 @pytest.fixture(scope="module")
 def grey(tmp_path_factory):
-    """A public ViT-Tiny of one channel and patches of 8 pixels: no script has such a default."""
+    """Write a public ViT-Tiny with one channel and patches of 8 pixels, which is not the default of any script."""
     vit = ViT((16, 16), 8, channels=1, **MODELS["vit_tiny"])
     return save_public(tmp_path_factory.mktemp("grey") / "vit.pth", vit)
 
@@ -129,8 +129,8 @@ def grey(tmp_path_factory):
         ("detect", "init", dict(patch_size=8)),
     ],
 )
-def test_flags_about_the_encoder_beside_a_file_are_refused(tmp_path, grey, script, file, changes):
-    """Also where they repeat a default, or what is so."""
+def test_flags_about_a_new_encoder_are_rejected_with_a_file(tmp_path, grey, script, file, changes):
+    """Also if a flag repeats the default or the value in the file."""
     (name,) = changes
     with pytest.raises(SystemExit, match="--" + name.replace("_", "-")):
         train(script, tmp_path / "run", **{file: grey}, limit=64, dry_run=True, **changes)
@@ -139,13 +139,13 @@ def test_flags_about_the_encoder_beside_a_file_are_refused(tmp_path, grey, scrip
 
 @pytest.mark.parametrize("script", ["finetune", "detect"])
 @pytest.mark.parametrize("name", ["heads", "grid", "mean", "std", "weights"])
-def test_flags_about_a_file_where_there_is_none_are_refused(tmp_path, script, name):
+def test_flags_about_a_file_are_rejected_without_a_file(tmp_path, script, name):
     told = (TOLD | dict(weights="teacher"))[name]
     with pytest.raises(SystemExit, match=f"--{name}"):
         train(script, tmp_path / "run", init="none", limit=64, dry_run=True, **{name: told})
 
 
-def test_what_is_recorded_is_what_was_trained(tmp_path, grey):
+def test_recorded_settings_are_those_of_the_trained_encoder(tmp_path, grey):
     small = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data", epochs=1)
     for script, settings in (("finetune", TINY), ("detect", small | dict(device="cpu"))):
         out, told = tmp_path / script, dict(mean=[*HALF], std=[*HALF])
@@ -153,10 +153,10 @@ def test_what_is_recorded_is_what_was_trained(tmp_path, grey):
         recorded = json.loads((out / "args.json").read_text())
         assert (recorded["model"], recorded["patch_size"]) == ("vit_tiny", 8) and encoder["mean"] == HALF
         assert script == "detect" or recorded["channels"] == 1
-        train(script, out, resume=True, init=grey, **settings, **told)  # the same command goes on
+        train(script, out, resume=True, init=grey, **settings, **told)  # the same command resumes
 
 
-def test_flags_about_where_tokens_are_dropped_overrule_named_blocks(tmp_path, grey, capsys):
+def test_flags_about_stages_override_recorded_blocks(tmp_path, grey, capsys):
     checkpoint = train("finetune", tmp_path / "a", init=grey, drop_ratio=0.2, drop_blocks=[4], **TINY)
     detector = dict(limit=4, short_side=32, long_side=32, data_root=tmp_path / "data", device="cpu")
     train("detect", tmp_path / "b", init=grey, drop_ratio=0.2, drop_blocks=[4], epochs=1, batch_size=2, **detector)
@@ -182,7 +182,7 @@ def test_flags_about_where_tokens_are_dropped_overrule_named_blocks(tmp_path, gr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of two classes: 47 to train on and one that cannot be read."""
+    """Write training images of two classes: 47 readable and one unreadable."""
     folder = tmp_path_factory.mktemp("classes")
     for i, name in enumerate(("ant", "bee")):
         helpers.write_images(folder / "train" / name, 24, shade=30 * i)
@@ -199,7 +199,7 @@ def pretrained(tmp_path_factory):
 
 @torch.no_grad()
 def assert_statistics(checkpoint, folder, ptr=NO_PTR):
-    """Mean and variance are those of the features of all readable training images."""
+    """Assert that mean and variance are those of the features of all readable training images."""
     model = load_classifier(checkpoint, log=quiet).eval()
     views = helpers.scored(class_folders(folder / "train"), (16, 16))
     images = torch.stack([view for view, _, readable in views if readable])
@@ -244,8 +244,8 @@ def test_probes_do_not_depend_on_micro_batches_or_processes(tmp_path, folder, pr
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("by", ["mean", "class"])
-def test_an_exported_probe_scores_as_the_probe(tmp_path, capsys, pretrained, suffix, by):
-    """Its file knows what it is; without that knowledge there is a question."""
+def test_an_exported_probe_has_the_accuracy_of_the_probe(tmp_path, capsys, pretrained, suffix, by):
+    """The file records its settings. Without the record, an error names the flag to set."""
     if suffix == "safetensors":
         pytest.importorskip("safetensors")
     probe = dict(linear_probe=True, blr=0.5, pool=by) | TINY | dict(limit=256, epochs=3)

@@ -1,4 +1,4 @@
-"""What readers change first works in a few lines: the layers of the code, views, data sets, pictures."""
+"""Frequent changes by readers take a few lines: layers of the code, views, data sets, pictures."""
 
 import ast
 
@@ -19,7 +19,7 @@ SCRIPTS = {"pretrain", "finetune", "evaluate", "detect", "visualize", "benchmark
 
 
 def imports(path):
-    """The modules that a file imports, by the first part of their names."""
+    """Return the modules that a file imports, by the first part of their names."""
     nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -27,7 +27,7 @@ def imports(path):
 
 
 def test_imports_point_one_way():
-    """Nothing in util/ imports from the level above; model.py and ptr.py know no data; scripts do not share code."""
+    """util/ imports nothing from the level above; model.py and ptr.py import no data code; scripts share no code."""
     top = {path.stem for path in ROOT.glob("*.py")}
     for path in (ROOT / "util").glob("*.py"):
         assert not imports(path) & top, path
@@ -51,7 +51,7 @@ class TwoViews(Dataset):
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
-def test_two_views_of_an_image_are_a_wrapper(in_memory):
+def test_a_wrapper_gives_two_views_of_an_image(in_memory):
     noise = torch.randint(256, (12, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
     images = InMemory(noise, [0] * 12, ["a"])
     make = (
@@ -75,7 +75,7 @@ def test_a_batch_may_mix_epochs():
     assert torch.equal(views.__getitems__(keys)[0], torch.stack([views[key][0] for key in keys]))
 
 
-def test_an_unknown_set_is_not_read_as_another(tmp_path):
+def test_an_unknown_set_is_an_error(tmp_path):
     with pytest.raises(KeyError, match="svhn"):
         torchvision_set("svhn", "train", str(tmp_path), download=False)
 

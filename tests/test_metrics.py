@@ -1,4 +1,4 @@
-"""Scores and costs against plain loops, formulas of linear algebra and closed forms."""
+"""Metrics and costs equal plain loops, formulas of linear algebra and closed forms."""
 
 import argparse
 import time
@@ -20,7 +20,7 @@ ALONE = World(0, 1, CPU)
 
 
 def test_directions():
-    """By hand: of two tokens that are opposite, of one direction, at a right angle; lengths do not matter."""
+    """By hand: two opposite tokens, two of equal direction, two at a right angle; lengths do not matter."""
     pairs = [[3.0, 0], [-0.1, 0]], [[2.0, 0], [5, 0]], [[7.0, 0], [0, 0.2]]
     for tokens, mean, spread in zip(pairs, ([0, 0], [1, 0], [0.5, 0.5]), (1, 0, 0.5**0.5), strict=True):
         direction = metrics.mean_direction(torch.tensor([tokens]))
@@ -28,7 +28,7 @@ def test_directions():
 
 
 def features():
-    """A bank of 300 and 1,100 queries around a centre for each class; channels of unlike scales, one constant."""
+    """Return a bank of 300 and 1,100 queries around class centres; channels of different scales, one constant."""
     random = torch.Generator().manual_seed(0)
     centres, scale = torch.randn(5, 8, generator=random), torch.logspace(-2, 2, 8)
     for count in (300, 1100):
@@ -54,8 +54,8 @@ def test_knn_is_a_weighted_vote(k):
     assert metrics.knn_accuracy(bank, bank_labels, queries, labels, k) == pytest.approx(right / 1100, abs=1.5 / 1100)
 
 
-def test_the_linear_classifier_is_ridge_regression():
-    """Least squares with sqrt(ridge) x identity as further rows, whose targets are zero."""
+def test_the_linear_probe_is_ridge_regression():
+    """Least squares with sqrt(ridge) x identity as additional rows with target 0."""
     bank, bank_labels, queries, labels = features()
     x, y = (torch.cat([z, torch.ones(len(z), 1)], dim=1) for z in standardised(bank, queries))
     for ridge in (1, 10_000):
@@ -75,7 +75,7 @@ def test_topk_accuracy():
 
 
 class Numbered(Dataset):
-    """Eleven images whose pixels and label are their number; some cannot be read."""
+    """Eleven images whose pixels and label are their number; some are unreadable."""
 
     def __init__(self, broken=()):
         self.broken = broken
@@ -100,8 +100,8 @@ def test_every_readable_image_is_predicted_once():
     outputs, labels = predict(Numbered(broken=(0, 6, 10)))
     assert labels.tolist() == [1, 2, 3, 4, 5, 7, 8, 9] and outputs.dtype == torch.float32
     assert torch.equal(outputs, labels[:, None].expand(-1, 3).float())
-    shares = [predict(Numbered(), World(rank, 3, CPU))[1].tolist() for rank in range(3)]
-    assert sorted(sum(shares, [])) == list(range(11)), "one process of three has one image less"
+    shards = [predict(Numbered(), World(rank, 3, CPU))[1].tolist() for rank in range(3)]
+    assert sorted(sum(shards, [])) == list(range(11)), "one of three processes has one image less"
     assert predict(Numbered(), batches=2)[1].tolist() == [0, 1, 2, 3, 4, 5]
     with pytest.raises(SystemExit, match="--data"):
         predict(Numbered(broken=range(11)))
@@ -127,6 +127,6 @@ def test_macs_in_closed_form():
 
 
 def test_speed_ups():
-    """The second function takes three times as long as the first: a busy machine may blur, but not turn that."""
+    """The second function takes three times as long as the first, a ratio that a busy machine does not reverse."""
     ((slow, noise),) = profiling.speed_ups(lambda: time.sleep(0.02), [lambda: time.sleep(0.06)], CPU, rounds=1)
     assert 0 < slow < 0.8 and noise >= 0

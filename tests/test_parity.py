@@ -1,9 +1,9 @@
-"""The same numbers as the authors' code: every step of PCAE against a recording of it.
+"""PCAE equals the authors' code: every step is compared with a recording.
 
-The recording is a file made once by running the authors' release with a small model on four images: weights, inputs,
+The recording was made once by running the authors' release with a small model on four images. It has weights, inputs,
 the split's noise, scores and tokens kept at each stage, latents, prediction, loss, gradients, and the weights after
-one AdamW and EMA step. It is not part of this repository; `PCAE_PARITY` names it, and without it these tests skip.
-The order of tokens is free, so everything per token is compared in ascending order of patch ids.
+one AdamW and EMA step. `PCAE_PARITY` names the file, which is not part of this repository; without the variable these
+tests are skipped. Tokens may have any order, so they are compared in ascending order of patch ids.
 """
 
 import os
@@ -25,7 +25,7 @@ IMAGES = RECORD["imgs"]
 
 
 def our_name(name):
-    """The authors' parameter name -> ours in PCAE."""
+    """Map the authors' name of a parameter to ours."""
     if name.startswith("decoder_"):
         return "decoder." + name.removeprefix("decoder_")
     return "decoder.mask_token" if name == "mask_token" else "student." + name
@@ -36,7 +36,7 @@ def our_state(student, teacher):
 
 
 def load(case):
-    """The case and its model, with the recorded weights."""
+    """Return a case and its model with the recorded weights."""
     case, arch = RECORD["cases"][case], RECORD["meta"]["arch"]
     side, depth, cfg = arch["img_size"], arch["depth"], case["cfg"]
     student = ViT((side, side), arch["patch_size"], dim=arch["embed_dim"], depth=depth, heads=arch["num_heads"])
@@ -57,7 +57,7 @@ def assert_close(ours, theirs, atol=1e-5):
 
 
 def by_patch(values, ids):
-    """Per-token values (B, n[, D]) in ascending order of their patch ids (B, n)."""
+    """Sort per-token values (B, n[, D]) by patch ids (B, n)."""
     order = ids.argsort(dim=1)
     return values.gather(1, order) if values.dim() == 2 else gather_tokens(values, order)
 
@@ -118,7 +118,7 @@ def test_student_decoder_and_loss(case):
         assert_close(ours[:, 0], theirs[:, 0])  # the class token
         assert_same_tokens(ours[:, 1:], out.visible, theirs[:, 1:], their_visible)
 
-    # class, visible, queried; ours normalises the queried ones only
+    # class, visible, queried tokens; our decoder normalises only the queried ones
     cuts = [1, out.visible.shape[1], out.retained.shape[1]]
     cls, visible, queried = model.decoder.norm(seen["blocks"]).split(cuts, dim=1)
     their_cls, their_seen, their_queried = case["decoder_latent"].split(cuts, dim=1)
@@ -127,7 +127,7 @@ def test_student_decoder_and_loss(case):
     assert_same_tokens(queried, out.retained, their_queried, their_retained)
 
     assert_same_tokens(out.prediction, out.retained, case["prediction"], their_retained)
-    # theirs divides by the unbiased variance; only the direction enters the loss
+    # the authors divide by the unbiased variance; only the direction enters the loss
     target, their_target = (F.normalize(t, dim=-1) for t in (out.target, case["target"]))
     assert_same_tokens(target, out.retained, their_target, their_retained)
     assert_close(out.loss, case["loss"])
@@ -142,7 +142,7 @@ def test_gradients_and_a_step():
     for name, p in trained.items():
         assert_close(p.grad, grads[name], atol=1e-6)
 
-    no_decay = {our_name(name) for name in step["no_decay"]}  # they let the class and the mask token decay, we do not
+    no_decay = {our_name(name) for name in step["no_decay"]}  # theirs decays class and mask token, ours does not
     groups = [
         {"params": [p for name, p in trained.items() if name not in no_decay], "weight_decay": step["weight_decay"]},
         {"params": [p for name, p in trained.items() if name in no_decay], "weight_decay": 0.0},
@@ -152,9 +152,9 @@ def test_gradients_and_a_step():
     ours, theirs = model.state_dict(), our_state(step["student_after"], step["teacher_after"])
     assert ours.keys() == theirs.keys()
     for name in theirs:
-        allowed = torch.tensor(1e-6)  # in 1e-5, weight decay (lr * decay = 3e-5 of a weight) could hide
+        allowed = torch.tensor(1e-6)  # a tolerance of 1e-5 would hide weight decay (3e-5 of a weight)
         if name in trained:
-            # Adam divides by |gradient| + eps: where a gradient is rounding noise, two of them step differently
+            # Adam divides by |gradient| + eps, so steps differ where the gradient is rounding noise
             grad, noise = trained[name].grad.abs(), (trained[name].grad - grads[name]).abs()
             allowed = allowed + torch.where(grad < 1e-6, step["lr"] / step["eps"] * noise, 0.0)
         assert ((ours[name] - theirs[name]).abs() <= allowed).all(), name
@@ -162,7 +162,7 @@ def test_gradients_and_a_step():
 
 def test_schedules():
     rates, momentum = RECORD["schedules"]["pretrain_lr"], RECORD["schedules"]["momentum"]
-    cfg, theirs = rates["cfg"], momentum["values"]  # the rate at some epochs, the momentum at each step
+    cfg, theirs = rates["cfg"], momentum["values"]  # learning rate at some epochs, momentum at each step
     shape = dict(peak=cfg["lr"], total=cfg["epochs"], warmup=cfg["warmup_epochs"])
     assert [warmup_cosine(epoch, **shape) for epoch in rates["epochs"]] == pytest.approx(rates["lr"], abs=1e-12)
     base, total = momentum["cfg"]["base"], len(theirs)

@@ -1,4 +1,4 @@
-"""The pre-training script: its steps written out once more, what stays the same, what survives a kill, and mistakes."""
+"""The pre-training script: its steps in plain code, invariances, resuming after a kill, invalid settings."""
 
 import argparse
 import json
@@ -16,7 +16,7 @@ from model import ViT
 from util import runs, training
 
 CPU = torch.device("cpu")
-# 4 steps an epoch, 8 in all, in a fifth of a second.
+# 4 steps per epoch, 8 in total, in 0.2 seconds.
 TINY = dict(
     limit=64,
     batch_size=16,
@@ -32,7 +32,7 @@ TINY = dict(
 )
 # Everything that draws random numbers while training.
 RANDOM = TINY | dict(drop_path=0.3, criterion="random", min_crop=0.5)
-# The other methods refuse PCAE's flags.
+# The other methods reject PCAE's flags.
 MAE = dict(method="mae", drop_stages=None, ema=None)
 SIMMIM = dict(method="simmim", drop_stages=None, ema=None, decoder_dim=None)
 PARTS = ("student", "teacher", "decoder")
@@ -45,19 +45,19 @@ def pretrained(out, **changes):
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves(tmp_path):
+def test_files_of_a_run(tmp_path):
     checkpoint = pretrained(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "args.json", "metrics.jsonl", "last.pt"}
     assert json.loads((tmp_path / "run/args.json").read_text())["epochs"] == checkpoint["config"]["epochs"] == 2
     assert (checkpoint["method"], checkpoint["epoch"], checkpoint["step"]) == ("pcae", 2, 8)
     assert checkpoint["history"] == log(tmp_path / "run") and checkpoint["num_images"] == 64
-    for part in ("student", "teacher"):  # can be built again from the file alone
+    for part in ("student", "teacher"):  # rebuilt from the file alone
         ViT(**checkpoint["encoder"]).load_state_dict(checkpoint[part])
 
 
 @pytest.mark.parametrize("method, changes", [("pcae", {}), ("mae", MAE)])
 def test_four_steps_by_hand(tmp_path, method, changes):
-    """The whole training loop, of two epochs, in plain tensors: images, split, forward, clipping, AdamW, EMA."""
+    """The training loop of two epochs in plain tensors: images, split, forward pass, clipping, AdamW, EMA."""
     lr, decay, clip, ema = 0.01, 0.1, 0.3, 0.9
     checkpoint = pretrained(
         tmp_path,
@@ -110,17 +110,17 @@ def test_the_loss_falls(tmp_path, changes):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_bf16_is_for_the_arithmetic_alone(tmp_path):
+def test_bf16_changes_the_loss_but_not_the_type_of_weights(tmp_path):
     full, half = (pretrained(tmp_path / precision, precision=precision) for precision in ("fp32", "bf16"))
     assert 0 < abs(full["history"][-1]["loss"] - half["history"][-1]["loss"]) < 0.05
     assert {tensor.dtype for part in PARTS for tensor in half[part].values()} == {torch.float32}
 
 
-# --- what changes nothing, and what does ------------------------------------------------------------------------------
+# --- invariances ------------------------------------------------------------------------------------------------------
 
 
 def test_the_seed_and_the_workers(tmp_path):
-    """The same seed gives the same bits, however many processes read the files; another seed another run."""
+    """The same seed gives the same bits with any number of workers; another seed gives another run."""
     folder = helpers.write_images(tmp_path / "images")
     settings = RANDOM | dict(data=folder, limit=None, batch_size=4)
     first, second, other = (
@@ -133,7 +133,7 @@ def test_the_seed_and_the_workers(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """One process, the whole batch at once; 3 steps."""
+    """Run three steps of one process, without micro-batches."""
     return pretrained(tmp_path_factory.mktemp("whole"), epochs=1, limit=48)
 
 
@@ -153,7 +153,7 @@ def test_two_processes_equal_one(tmp_path, whole):
 
 
 def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
-    """From where SIGKILL left it; from a copy made while it ran, in another folder; and when it is finished."""
+    """After SIGKILL; from a copy made during the run, in another folder; after the end."""
     settings = RANDOM | dict(epochs=16, limit=32)
     killed, copy, other = tmp_path / "killed", tmp_path / "copy.pt", tmp_path / "other"
     uninterrupted = train("pretrain", tmp_path / "whole", **settings)
@@ -162,7 +162,7 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
         shutil.copy(killed / "last.pt", copy)
         helpers.wait_for_rows(process, killed, 3)
         process.kill()
-    assert runs.load(killed / "last.pt")["epoch"] < 16, "it should not have come to its end"
+    assert runs.load(killed / "last.pt")["epoch"] < 16, "the run ended before it was killed"
     for out, resumed in ((killed, killed / "last.pt"), (other, copy)):
         helpers.assert_same_run(uninterrupted, train("pretrain", out, resume=resumed))
         assert [row["epoch"] for row in log(out)] == list(range(1, 17))
@@ -171,11 +171,11 @@ def test_a_killed_run_resumes_with_the_same_bits(tmp_path):
     assert (killed / "last.pt").read_bytes() == finished and not (killed / "earlier-1").exists()
 
 
-# --- trouble ----------------------------------------------------------------------------------------------------------
+# --- failures ---------------------------------------------------------------------------------------------------------
 
 
 def spoiled(out, name, index, epochs, **settings):
-    """A run that has done one of its epochs, but for nan among the weights of its decoder."""
+    """Run one of `epochs` epochs and set a weight of the decoder to nan."""
     checkpoint = pretrained(out, epochs=1, **settings)
     checkpoint["config"]["epochs"] = epochs
     checkpoint["decoder"][name][index] = math.nan
@@ -184,7 +184,7 @@ def spoiled(out, name, index, epochs, **settings):
 
 
 def test_ten_steps_in_a_row_that_are_not_finite(tmp_path):
-    """The mask token spoils every step: an epoch of eight is skipped, the tenth step ends the run."""
+    """A mask token of nan makes every step invalid: an epoch of 8 is skipped, the tenth step ends the run."""
     before = spoiled(tmp_path, "mask_token", ..., epochs=4, batch_size=8)
     with pytest.raises(SystemExit):
         pretrain.main(flags(resume=True, out=tmp_path))
@@ -194,8 +194,8 @@ def test_ten_steps_in_a_row_that_are_not_finite(tmp_path):
     assert identical(before["student"], after["student"]) and identical(before["teacher"], after["teacher"])
 
 
-def test_steps_here_and_there_that_are_not_finite(tmp_path):
-    """The position of one patch spoils the images that show it: the others are learned from."""
+def test_some_steps_that_are_not_finite(tmp_path):
+    """A position of nan makes steps invalid if its patch is in the decoder. The other steps train."""
     before = spoiled(tmp_path, "pos_embed", (0, 3), epochs=2, batch_size=1, limit=32)
     pretrain.main(flags(resume=True, out=tmp_path))
     after, row = runs.load(tmp_path / "last.pt"), log(tmp_path)[-1]
@@ -213,7 +213,7 @@ def test_unreadable_images_are_counted(tmp_path):
     assert [row["unreadable"] for row in checkpoint["history"]] == [1, 1] and checkpoint["num_images"] == 17
     checkpoint["config"]["epochs"] = 3
     runs.save(tmp_path / "run/last.pt", checkpoint)
-    (folder / "more.bmp").write_bytes((folder / "0.bmp").read_bytes())  # the images would come in another order
+    (folder / "more.bmp").write_bytes((folder / "0.bmp").read_bytes())  # the order of the images would change
     with pytest.raises(SystemExit, match="--data"):
         pretrain.main(flags(resume=True, out=tmp_path / "run"))
 
@@ -227,8 +227,8 @@ def test_unreadable_images_are_counted(tmp_path):
     ],
     ids=["healthy", "reverse", "collapsed"],
 )
-def test_useless_targets_are_warned_of(tmp_path, capsys, useless, changes):
-    """By the k-NN accuracy: it rises above that of the untrained encoder, or there is a warning."""
+def test_useless_targets_give_a_warning(tmp_path, capsys, useless, changes):
+    """Either the k-NN accuracy rises above that of the untrained encoder, or the script prints a warning."""
     settings = dict(limit=4000, batch_size=32, patch_size=8, knn_every=9, device="cpu")
     history = train("pretrain", tmp_path, **settings | changes)["history"]
     assert (history[-1]["knn"] <= history[0]["knn"]) == useless == ("warning" in capsys.readouterr().out)
@@ -252,14 +252,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("named, changes", MISTAKES)
-def test_mistakes(tmp_path, named, changes):
+def test_invalid_settings(tmp_path, named, changes):
     with pytest.raises(SystemExit, match=named):
         pretrained(tmp_path / "run", **changes)
-    assert not (tmp_path / "run").exists(), "found out before anything is written"
+    assert not (tmp_path / "run").exists(), "an error before anything is written"
 
 
 @pytest.mark.parametrize("name", ["ema", "drop_path"])
-def test_shares_lie_between_0_and_1(tmp_path, name, capsys):
+def test_ratios_outside_0_to_1_are_rejected(tmp_path, name, capsys):
     with pytest.raises(SystemExit):
         pretrained(tmp_path / "run", **{name: 1.5})
     assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
@@ -269,7 +269,7 @@ def test_shares_lie_between_0_and_1(tmp_path, name, capsys):
 
 
 def test_dry_runs_lead_from_script_to_script(tmp_path):
-    """With what each does by default, but for sizes; the first one scores its features, too."""
+    """With the defaults of each script, except for sizes. pretrain.py also evaluates features."""
     checkpoint = train("pretrain", tmp_path / "a", dry_run=True, image_size=16, limit=256, device="cpu")
     assert checkpoint["step"] == 2
     assert all(0 <= row[name] <= 1 for row in checkpoint["history"] for name in ("knn", "linear"))

@@ -1,7 +1,7 @@
-"""What real files hold, after bug reports of people who do this work: a kind of input for each test.
+"""Unusual content of real files, after bug reports of practitioners: one kind of input per test.
 
-Metadata never decides whether an image can be read, numbers of unknown meaning are refused by name, and nothing is
-changed or left out without a word.
+Metadata does not make an image unreadable, values of unknown range are rejected by name, and changes or skipped files
+are reported.
 """
 
 import json
@@ -35,23 +35,23 @@ WORLD = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def orientation(kind):
-    """EXIF that says "turn me" (good), or is broken in one of the ways that cameras and editors break it."""
+    """Return EXIF with a rotation (good), or broken as some cameras and editors write it."""
     exif = Image.Exif()
     exif[0x112] = 77 if kind == "value 77" else 6
     good = exif.tobytes()
     return dict(good=good, garbage=b"Exif\0\0" + b"\xff" * 40, nothing=b"Exif\0\0", cut=good[:16]).get(kind, good)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow names what is broken
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow warns about broken data
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("kind", ["good", "garbage", "nothing", "cut", "value 77"])
-def test_broken_exif_does_not_decide(tmp_path, suffix, kind):
+def test_broken_exif_does_not_make_images_unreadable(tmp_path, suffix, kind):
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(NOISE).save(path, exif=orientation(kind), **dict(lossless=True) if suffix == "webp" else {})
     assert read_image(path).shape == (3, 40, 24) if kind == "good" else read_image(path).shape == (3, 24, 40)
 
 
-def test_jpeg_is_read_alike_where_no_faster_decoder_is_installed(tmp_path, monkeypatch):
+def test_jpeg_is_read_equally_without_the_faster_decoder(tmp_path, monkeypatch):
     smooth = np.linspace(0, 255, 24 * 40 * 3).reshape(24, 40, 3).astype(np.uint8)
     Image.fromarray(smooth).save(tmp_path / "a.jpg", quality=95, exif=orientation("good"))
     expected = read_image(tmp_path / "a.jpg")
@@ -59,7 +59,7 @@ def test_jpeg_is_read_alike_where_no_faster_decoder_is_installed(tmp_path, monke
     torch.testing.assert_close(read_image(tmp_path / "a.jpg").int(), expected.int(), atol=2, rtol=0)
 
 
-def test_large_texts_and_colour_profiles_do_not_decide(tmp_path):
+def test_large_texts_and_colour_profiles_do_not_make_images_unreadable(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("workflow", "x" * 2_000_000, zip=True)
     Image.fromarray(NOISE).save(tmp_path / "text.png", pnginfo=info)
@@ -69,13 +69,13 @@ def test_large_texts_and_colour_profiles_do_not_decide(tmp_path):
 
 
 @pytest.mark.parametrize("scale, dtype", [(1, np.float32), (255, np.float32), (255, np.int32), (2**20, np.int32)])
-def test_numbers_of_unknown_range_are_refused_by_name(tmp_path, scale, dtype):
+def test_values_of_unknown_range_are_rejected_by_name(tmp_path, scale, dtype):
     Image.fromarray((np.linspace(0, 1, 64).reshape(8, 8) * scale).astype(dtype)).save(tmp_path / "a.tif")
     with pytest.raises(UnreadableImage, match="a.tif"):
         read_image(tmp_path / "a.tif")
 
 
-def test_what_pillow_reads_is_taken_and_the_rest_counted(tmp_path, capsys):
+def test_formats_of_pillow_are_read_and_other_files_counted(tmp_path, capsys):
     kinds = dict(jfif="JPEG", jpe="JPEG", gif="GIF", png="PNG") | ({"avif": "AVIF"} if "AVIF" in Image.SAVE else {})
     for suffix, kind in kinds.items():
         if kind != "AVIF" or Image.registered_extensions().get(".avif"):
@@ -106,7 +106,7 @@ def test_wrappers_inside_and_before_names(inner, outer):
 
 
 @pytest.mark.parametrize("place", ["model_ema", "state_dict_ema"])
-def test_an_average_alone_is_taken_with_a_word(place, capsys):
+def test_an_average_alone_is_used_and_reported(place, capsys):
     tensors = weights()
     assert torch.equal(find_weights({place: tensors})["cls_token"], tensors["cls_token"])
     assert place in capsys.readouterr().out
@@ -115,18 +115,18 @@ def test_an_average_alone_is_taken_with_a_word(place, capsys):
 
 
 @pytest.mark.parametrize("channels", [2, 4, 13])
-def test_weights_for_other_channels_are_refused(channels):
+def test_weights_for_other_channels_are_rejected(channels):
     with pytest.raises(ValueError, match=str(channels)):
         load_encoder(weights(channels=channels))
 
 
-def test_what_was_refused_in_a_checkpoint_is_named(tmp_path):
+def test_rejected_content_of_a_checkpoint_is_named(tmp_path):
     torch.save(dict(model=weights(), where=Path("here")), tmp_path / "a.pt")
     with pytest.raises(SystemExit, match="(?s)a.pt.*pathlib"):
         runs.load(tmp_path / "a.pt")
 
 
-def test_a_suffix_promises_a_format(tmp_path):
+def test_the_suffix_determines_the_format(tmp_path):
     with pytest.raises(SystemExit, match="a.npz"):
         runs.save_weights(tmp_path / "a.npz", weights(), {})
     safetensors = pytest.importorskip("safetensors.torch")
@@ -138,7 +138,7 @@ def test_a_suffix_promises_a_format(tmp_path):
         assert torch.equal(tensors["cls_token"], weights()["cls_token"])
 
 
-# --- where files lie, and in which order ------------------------------------------------------------------------------
+# --- places and order of files ----------------------------------------------------------------------------------------
 
 
 def write_colours(folder, names):
@@ -151,7 +151,7 @@ def write_colours(folder, names):
 
 
 def test_classes_that_are_numbers(tmp_path, capsys):
-    """A public file does not say in which order its classes are: a word where that matters, and a flag."""
+    """The order of classes is unknown for a public file: a warning if the order matters, and a flag."""
     write_colours(tmp_path / "a", [f"{i:02}" for i in range(12)])
     write_colours(tmp_path / "b", [str(i) for i in range(12)])
     shape = dict(image_size=16, patch_size=4, min_crop=1, workers=0, batch_size=8, epochs=8, blr=3e-2, layer_decay=1)
@@ -173,7 +173,7 @@ def test_classes_that_are_numbers(tmp_path, capsys):
     assert score < expected and warned
 
 
-def test_a_run_goes_on_where_its_images_lie_now(tmp_path):
+def test_a_run_resumes_after_its_images_moved(tmp_path):
     write_colours(tmp_path / "first", "abc")
     out, settings = tmp_path / "run", dict(image_size=16, patch_size=4, workers=0, batch_size=4, epochs=60, limit=18)
     with start("pretrain", out, data=tmp_path / "first", **settings) as process:
@@ -182,7 +182,7 @@ def test_a_run_goes_on_where_its_images_lie_now(tmp_path):
     done = len(log(out))
     (tmp_path / "first").rename(tmp_path / "second")
     with pytest.raises(SystemExit, match="--data"):
-        pretrain.main(flags(resume=out / "last.pt", data="shapes"))  # of which there are as many
+        pretrain.main(flags(resume=out / "last.pt", data="shapes"))  # as many images
     pretrain.main(flags(resume=out / "last.pt", data=tmp_path / "second"))
     assert done < len(log(out)) == 60
 
@@ -191,7 +191,7 @@ def test_a_run_goes_on_where_its_images_lie_now(tmp_path):
 
 
 def write_squares(folder, spoil=lambda annotation, index: None, exif=None):
-    """Twelve images of 64 x 96 with a light square each, and their annotations."""
+    """Write twelve images of 64 x 96 with one light square each, and their annotations."""
     (folder / "annotations").mkdir(parents=True)
     (folder / "val2017").mkdir()
     images, annotations = [], []
@@ -209,21 +209,21 @@ def write_squares(folder, spoil=lambda annotation, index: None, exif=None):
     return CocoDetection(*coco.find_annotations(folder, "val"))
 
 
-RUNS = [[0, 10**9], [10, 10], [-5, 6149], None, "oooooooooo0", "garbage"]  # none is as long as 64 x 96
+RUNS = [[0, 10**9], [10, 10], [-5, 6149], None, "oooooooooo0", "garbage"]  # none adds up to 64 x 96
 BAD = [[[10, 10, 2.0e8, 3.5e8, 40, 40]], [[10, 10, math.inf, 9, 40, 40]], [[10, 10, 12, 12]]]
 BAD += [dict(size=[64, 96], counts=counts) for counts in RUNS]
 
 
 def target_of(item):
-    """What a detector finds that is right."""
+    """Return the output of a perfect detector."""
     _, target = item
     return target | dict(scores=torch.ones(len(target["boxes"])), masks=target["masks"][:, None])
 
 
 @pytest.mark.parametrize("crowd", [0, 1])
 @pytest.mark.parametrize("mask", BAD, ids=str)
-def test_one_bad_mask_is_left_out(tmp_path, capsys, mask, crowd):
-    spoiled = {3: dict(segmentation=mask, iscrowd=crowd), 4: dict(area=None)}  # the latter can be mended
+def test_one_bad_mask_is_skipped(tmp_path, capsys, mask, crowd):
+    spoiled = {3: dict(segmentation=mask, iscrowd=crowd), 4: dict(area=None)}  # the area can be recomputed
     images = write_squares(tmp_path, lambda annotation, i: annotation.update(spoiled.get(i, {})))
     assert [len(target["labels"]) for _, target in images] == [i != 3 for i in range(12)]
     assert "1 of 12" in capsys.readouterr().out
@@ -249,7 +249,7 @@ UNITS = {
 
 @pytest.mark.parametrize("masks_too", [False, True])
 @pytest.mark.parametrize("units", UNITS)
-def test_boxes_in_other_units_are_refused(tmp_path, units, masks_too):
+def test_boxes_in_other_units_are_rejected(tmp_path, units, masks_too):
     def spoil(annotation, i):
         annotation["bbox"] = UNITS[units](*annotation["bbox"])
         if masks_too and units == "normalised":
@@ -259,8 +259,8 @@ def test_boxes_in_other_units_are_refused(tmp_path, units, masks_too):
         write_squares(tmp_path, spoil)
 
 
-def test_a_batch_is_few_tensors(tmp_path):
-    """Each tensor that a loader's process hands over takes a file descriptor: their number must not grow."""
+def test_a_batch_has_few_tensors(tmp_path):
+    """Each tensor from a loader's process takes a file descriptor, so the number must not grow."""
     views = DetectionViews(write_squares(tmp_path), channels=3)
     samples = [views[0, i] for i in range(12)]
     packed = coco.pack(samples)
@@ -272,14 +272,14 @@ def test_a_batch_is_few_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["spawn", "forkserver"] if os.name == "posix" else ["spawn"])
-def test_loaders_start_their_processes_in_every_way(tmp_path, method):
+def test_loaders_work_with_all_start_methods(tmp_path, method):
     views = DetectionViews(write_squares(tmp_path), channels=3, augment=True, crop_ratio=0.5)
     loader = training_loader(views, 4, seed=0, workers=1, world=WORLD)
     loader.multiprocessing_context = multiprocessing.get_context(method)
     assert len(list(batches(loader))) == 3
 
 
-def test_a_loader_without_memory_ends_in_one_line():
+def test_a_loader_without_memory_gives_a_one_line_error():
     def fail():
         yield struct.pack("i", 0)
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")

@@ -1,6 +1,6 @@
-"""The whole method once more, plain and slow, from the paper's words: PCAE must give the same numbers in float64.
+"""Plain, slow reimplementation of the method as described in the paper: PCAE must give the same numbers in float64.
 
-One image after the other, each a list of tokens (D,), in nothing but elementary arithmetic; `w`: the weights by name.
+Images are processed one by one, as lists of tokens (D,), by elementary arithmetic. `w` are the weights by name.
 """
 
 import math
@@ -14,7 +14,7 @@ from ptr import PTR, drop_blocks
 from util.training import parameter_groups
 
 PATCH, DEPTH, HEADS = 4, 4, 2
-SETTINGS = [  # image size, channels, mask ratio, stages, drop ratio, which tokens go
+SETTINGS = [  # image size, channels, mask ratio, stages, drop ratio, criterion
     ((16, 28), 3, 0.75, 3, 0.5, "similarity"),
     ((20, 20), 1, 0.9, 2, 0.3, "reverse"),
     ((32, 8), 3, 0.5, 0, 0, "similarity"),
@@ -35,26 +35,26 @@ def norm(w, name, x):
 
 
 def block(w, name, tokens, heads):
-    """Attention of each token to all, then the MLP, each added to what was there."""
+    """Apply attention of each token to all tokens, then the MLP, each with a residual connection."""
     qkv = torch.stack([linear(w, f"{name}.attn.qkv", norm(w, f"{name}.norm1", x)) for x in tokens])  # (n, 3 D)
     out = []
     for x, query in zip(tokens, qkv, strict=True):
         mixed = []
         for q, k, v in torch.arange(3 * len(x)).reshape(3, heads, -1).unbind(1):  # the channels of a head
-            share = torch.exp(qkv[:, k] @ query[q] / math.sqrt(len(q)))
-            mixed.append(share / share.sum() @ qkv[:, v])
+            weight = torch.exp(qkv[:, k] @ query[q] / math.sqrt(len(q)))
+            mixed.append(weight / weight.sum() @ qkv[:, v])
         x = x + linear(w, f"{name}.attn.proj", torch.cat(mixed))
         hidden = linear(w, f"{name}.mlp.fc1", norm(w, f"{name}.norm2", x))
         out.append(x + linear(w, f"{name}.mlp.fc2", hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2))
     return out
 
 
-def left(n, ratio):
-    return math.floor(n * (1 - Fraction(str(ratio))))  # of the decimal fraction that is meant
+def count_kept(n, ratio):
+    return math.floor(n * (1 - Fraction(str(ratio))))  # exact arithmetic on the decimal fraction
 
 
 def pcae(w, image, noise, mask_ratio, stages, drop_ratio, criterion):
-    """Of one image (C, H, W) and noise (N,): visible and masked patch ids, then target and prediction by patch id."""
+    """Return visible and masked patch ids, target and prediction by patch id, of one image (C, H, W) and noise (N,)."""
 
     def embed(part, i):
         row, column = (PATCH * j for j in divmod(i, image.shape[2] // PATCH))
@@ -63,7 +63,7 @@ def pcae(w, image, noise, mask_ratio, stages, drop_ratio, criterion):
 
     # The split: the patches with the least noise are visible.
     order = sorted(range(len(noise)), key=noise.tolist().__getitem__)
-    visible, masked = order[: left(len(order), mask_ratio)], order[left(len(order), mask_ratio) :]
+    visible, masked = order[: count_kept(len(order), mask_ratio)], order[count_kept(len(order), mask_ratio) :]
 
     # The student encodes the class token and the visible patches.
     x = [w["student.cls_token"][0, 0] + w["student.pos_embed"][0, 0], *(embed("student", i) for i in visible)]
@@ -71,7 +71,7 @@ def pcae(w, image, noise, mask_ratio, stages, drop_ratio, criterion):
         x = block(w, f"student.blocks.{layer}", x, HEADS)
     latent = [norm(w, "student.norm", token) for token in x]
 
-    # The teacher encodes the masked patches. After the first block of each stage those go that are most like all.
+    # The teacher encodes the masked patches. After the first block of each stage, the most redundant are dropped.
     x, retained = [embed("teacher", i) for i in masked], masked
     for layer in range(DEPTH):
         x = block(w, f"teacher.blocks.{layer}", x, HEADS)
@@ -79,7 +79,7 @@ def pcae(w, image, noise, mask_ratio, stages, drop_ratio, criterion):
             units = [token / torch.sqrt(token @ token) for token in x]
             redundancy = [sum(unit @ other for other in units) / len(x) for unit in units]  # mean cosine
             ranks = sorted(range(len(x)), key=redundancy.__getitem__, reverse=criterion == "reverse")
-            kept = ranks[: left(len(x), drop_ratio)]
+            kept = ranks[: count_kept(len(x), drop_ratio)]
             x, retained = [x[j] for j in kept], [retained[j] for j in kept]
     target = [standardize(norm(w, "teacher.norm", token), 1e-5) for token in x]
 
@@ -96,7 +96,7 @@ def pcae(w, image, noise, mask_ratio, stages, drop_ratio, criterion):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def both(request):
-    """A model whose tensors are all random, its output, its weights by name, and what the reference makes of them."""
+    """Return a model with random tensors, its output, its weights by name, and the output of the reference."""
     size, channels, mask_ratio, stages, drop_ratio, criterion = request.param
     torch.manual_seed(0)
     student = ViT(size, PATCH, channels=channels, dim=16, depth=DEPTH, heads=HEADS)
@@ -130,7 +130,7 @@ def test_loss_gradients_and_a_step(both):
     lr, decay, eps, momentum = 0.01, 0.05, 1e-3, 0.9
     torch.optim.AdamW(parameter_groups(model, decay), lr=lr, betas=(0.9, 0.95), eps=eps).step()
     model.update_teacher(momentum)
-    for name, parameter in model.named_parameters():  # the student's come before the teacher's
+    for name, parameter in model.named_parameters():  # the student before the teacher
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, w[name].grad, atol=1e-7, rtol=1e-5)
             kept = 1 - lr * decay * (name.endswith("weight") and "norm" not in name)  # only matrices decay

@@ -1,4 +1,4 @@
-"""A run folder has one owner, an interrupted run one command, and advice that is printed works."""
+"""A run folder belongs to one run; one command starts and resumes a run; printed advice works."""
 
 import math
 import os
@@ -23,16 +23,16 @@ scripts = pytest.mark.parametrize("script", SETTINGS)
 
 
 def contents(folder):
-    """The files of a folder, not of the folders in it, but for the lock and what a kill cut off."""
+    """Return the files of a folder, without subfolders, lock and temporary files."""
     files = [path for path in folder.iterdir() if path.is_file() and path.suffix not in ("", ".tmp")]
     return {path.name: path.read_bytes() for path in files}
 
 
-# --- one owner --------------------------------------------------------------------------------------------------------
+# --- one run ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    """Of any script, before and after the first has saved, until it has ended: here by SIGKILL."""
+def test_a_second_run_in_the_same_folder_is_rejected(tmp_path):
+    """Runs of any script are rejected before and after the first checkpoint, until SIGKILL ends the first run."""
     out, endless = tmp_path / "run", SETTINGS["pretrain"] | dict(epochs=5000)
     with helpers.start("pretrain", out, **endless) as process:
         try:
@@ -47,7 +47,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
                 assert (out / "args.json").read_bytes() == recorded and not (out / "earlier-1").exists()
             with pytest.raises(SystemExit, match="--out"):
                 train("pretrain", out, resume=True)
-            train("pretrain", out, dry_run=True, **SETTINGS["pretrain"])  # lies elsewhere
+            train("pretrain", out, dry_run=True, **SETTINGS["pretrain"])  # uses another folder
         finally:
             process.send_signal(signal.SIGKILL)
     killed = contents(out)
@@ -56,7 +56,7 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 
 @scripts
-def test_a_dry_run_does_not_lie_where_a_run_is_looked_for(tmp_path, script):
+def test_a_dry_run_is_not_resumed_as_a_run(tmp_path, script):
     settings = SETTINGS[script]
     assert train(script, tmp_path, dry_run=True, **settings)["step"] == 2
     assert contents(tmp_path) == {} and contents(tmp_path / "dry-run")
@@ -69,7 +69,7 @@ def test_a_dry_run_does_not_lie_where_a_run_is_looked_for(tmp_path, script):
 
 @pytest.mark.parametrize("kind", ["folder", "link", "here"])
 def test_an_earlier_run_moves_within_its_folder(tmp_path, monkeypatch, kind):
-    """--out itself stays where it is: it may be a mounted volume, a link or the working folder."""
+    """--out itself does not move, because --out may be a mounted volume, a link or the working folder."""
     place = tmp_path / "disk" / "run"
     place.mkdir(parents=True)
     (place / "notes.txt").write_text("mine")
@@ -91,7 +91,7 @@ def test_an_earlier_run_moves_within_its_folder(tmp_path, monkeypatch, kind):
 
 
 @scripts
-def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(tmp_path, script):
+def test_resume_starts_a_new_run_or_continues_an_existing_one(tmp_path, script):
     settings = SETTINGS[script] | dict(epochs=dict(pretrain=16, finetune=5)[script], drop_path=0.3)
     plain = train(script, tmp_path / "plain", **settings)
     assert_same_run(plain, train(script, tmp_path / "new", resume=True, **settings))
@@ -99,9 +99,9 @@ def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(tmp_p
     with helpers.start(script, killed, resume=True, **settings) as process:
         helpers.wait_for_rows(process, killed, 1)
         process.kill()
-    assert len(log(killed)) < settings["epochs"], "it should not have come to its end"
+    assert len(log(killed)) < settings["epochs"], "the run ended before it was killed"
     assert_same_run(plain, train(script, killed, resume=True, **settings))
-    assert_same_run(plain, train(script, killed, resume=killed, **settings)), "a folder will do"
+    assert_same_run(plain, train(script, killed, resume=killed, **settings)), "a folder works, too"
     assert not (killed / "earlier-1").exists()
     with pytest.raises(SystemExit, match="nothing.pt"):
         train(script, tmp_path / "other", resume=tmp_path / "nothing.pt")
@@ -109,8 +109,8 @@ def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(tmp_p
 
 @scripts
 @pytest.mark.parametrize("epochs_done", [0, 1])
-def test_a_lower_learning_rate_mends_a_run_that_diverged(tmp_path, script, epochs_done):
-    """The command that the error recommends: in the first epoch, when nothing is saved yet, and in a later one."""
+def test_a_lower_learning_rate_rescues_a_diverged_run(tmp_path, script, epochs_done):
+    """By the command in the error message: in the first epoch, before a checkpoint, and in a later epoch."""
     settings = SETTINGS[script] | dict(batch_size=4, clip_grad=0, warmup_epochs=0.5)
     if epochs_done:
         checkpoint = train(script, tmp_path, **settings | dict(epochs=1))
@@ -127,7 +127,7 @@ def test_a_lower_learning_rate_mends_a_run_that_diverged(tmp_path, script, epoch
 
 
 def run_limited(script, limit, *words, **settings):
-    """Run a script that can write no file of more than `limit` bytes."""
+    """Run a script that cannot write files of more than `limit` bytes."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *words, *flags(**settings)]
     return subprocess.run(
         command,
@@ -138,21 +138,21 @@ def run_limited(script, limit, *words, **settings):
     )
 
 
-def assert_one_sentence(result):
+def assert_one_line_error(result):
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert result.stderr.count("error: ") == 1 and "error: " in result.stderr.strip().split("\n")[-1]
 
 
 @scripts
 @pytest.mark.parametrize("limit", [100, 20_000])
-def test_a_failed_write_ends_in_a_sentence_and_leaves_the_old_files(tmp_path, script, limit):
-    """Of args.json, and of checkpoints."""
+def test_a_failed_write_gives_a_one_line_error_and_keeps_the_old_files(tmp_path, script, limit):
+    """For args.json and for checkpoints."""
     checkpoint = train(script, tmp_path, **SETTINGS[script] | dict(epochs=1))
     checkpoint["config"]["epochs"] = 2
     runs.save(tmp_path / "last.pt", checkpoint)
     before = contents(tmp_path)
     result = run_limited(script, limit, out=tmp_path, resume=True)
-    assert_one_sentence(result)
+    assert_one_line_error(result)
     after = contents(tmp_path)
     assert after.keys() == before.keys() and not list(tmp_path.glob("*.tmp"))
     assert [name for name in before if before[name] != after[name]] in ([], ["args.json"])
@@ -160,17 +160,17 @@ def test_a_failed_write_ends_in_a_sentence_and_leaves_the_old_files(tmp_path, sc
 
 
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_failed_export_ends_in_a_sentence(tmp_path, suffix):
+def test_a_failed_export_gives_a_one_line_error(tmp_path, suffix):
     if suffix == "safetensors":
         pytest.importorskip("safetensors")
     train("finetune", tmp_path / "run", **SETTINGS["finetune"])
     words = [str(tmp_path / "run/last.pt"), str(tmp_path / f"new/vit.{suffix}")]
     result = run_limited("weights", 20_000, *words)
-    assert_one_sentence(result)
+    assert_one_line_error(result)
     assert not list((tmp_path / "new").iterdir())
 
 
-# --- flags and variables that mean nothing ----------------------------------------------------------------------------
+# --- flags and variables without effect ------------------------------------------------------------------------------
 
 PCAE = dict(drop_ratio=0.5, drop_stages=3, drop_at="start", drop_blocks=1, criterion="similarity", ema=0.9)
 DECODER = dict(decoder_dim=64, decoder_depth=1, decoder_heads=4)
@@ -183,8 +183,8 @@ DECODER = dict(decoder_dim=64, decoder_depth=1, decoder_heads=4)
         *(("simmim", name) for name in PCAE | DECODER),
     ],
 )
-def test_flags_of_other_methods_are_refused(tmp_path, method, name):
-    """Also with their defaults."""
+def test_flags_of_other_methods_are_rejected(tmp_path, method, name):
+    """Also with default values."""
     with pytest.raises(SystemExit, match="--" + name.replace("_", "-")):
         train("pretrain", tmp_path / "run", method=method, limit=64, dry_run=True, **{name: (PCAE | DECODER)[name]})
     assert not (tmp_path / "run").exists()
@@ -195,14 +195,14 @@ TORCHRUN = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1, MASTER_A
 
 @pytest.fixture
 def left_over(monkeypatch):
-    """The variables that a job script leaves, of the second of two processes."""
+    """Set the variables that a job script may leave: of the second of two processes, without RANK."""
     for name, value in (TORCHRUN | dict(LOCAL_RANK=1, WORLD_SIZE=2, LOCAL_WORLD_SIZE=2)).items():
         monkeypatch.setenv(name, str(value))
     monkeypatch.delenv("RANK")
     return monkeypatch
 
 
-def test_torchruns_variables_do_not_count_without_its_rank(tmp_path, left_over, capsys):
+def test_torchruns_variables_are_ignored_without_rank(tmp_path, left_over, capsys):
     assert training.start_world("cpu") == World(0, 1, CPU)
     with_them = train("pretrain", tmp_path / "with", **SETTINGS["pretrain"])
     evaluate(tmp_path / "with/last.pt", knn=5, limit=100)
@@ -213,7 +213,7 @@ def test_torchruns_variables_do_not_count_without_its_rank(tmp_path, left_over, 
 
 
 @pytest.mark.parametrize("missing", [name for name in TORCHRUN if name != "RANK"])
-def test_torchruns_variables_count_only_together(left_over, missing):
+def test_torchruns_variables_are_needed_together(left_over, missing):
     left_over.setenv("RANK", "0")
     left_over.delenv(missing)
     with pytest.raises(SystemExit, match=missing):

@@ -1,4 +1,4 @@
-"""Settings in layers, run folders, and checkpoints, which are written whole or not at all and read without risk."""
+"""Settings in layers, run folders, and checkpoints, which are written atomically and read safely."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ HISTORY = [dict(epoch=1, loss=0.5), dict(epoch=2, loss=None)]
 
 
 def script():
-    """The flags of a small script."""
+    """Build the parser of a small script."""
     parser = runs.flag_parser("A script.")
     runs.add_flags(parser, RECIPES, out="runs/script", files="some")
     for flag, kind, default in (("epochs", int, 10), ("rate", float, 0.5), ("workers", int, 0), ("data", str, "set")):
@@ -28,13 +28,13 @@ def script():
 
 
 def parse(*words):
-    """The settings of a small script."""
+    """Return the settings of a small script."""
     return vars(runs.parse(script(), RECIPES, [str(word) for word in words], warmup_ratio=0.1, sets=["set"])[0])
 
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run whose settings are defaults, a recipe's and flags."""
+    """Return the folder of a run with settings from defaults, a recipe and flags."""
     out = tmp_path / "run"
     args = argparse.Namespace(**parse("--recipe", "big", "--rate", 3, "--workers", 2, "--out", out))
     content = dict(method="script", weights=torch.arange(3.0), optimizer={}, history=HISTORY)
@@ -43,7 +43,7 @@ def run(tmp_path):
 
 
 def test_layers_of_settings(run):
-    """Defaults < recipe < checkpoint < flags; a flag that repeats a default is a flag, too."""
+    """Defaults < recipe < checkpoint < flags. A flag that repeats a default still overrides."""
     for words, epochs, rate in (
         ([], 10, 0.5),
         (["--recipe", "big"], 300, 2),
@@ -54,13 +54,13 @@ def test_layers_of_settings(run):
         assert (args["epochs"], args["rate"]) == (epochs, rate)
 
 
-def test_settings_of_a_checkpoint_that_is_looked_at(run):
-    """Of a group from which a flag is given none is taken; of a public file none at all."""
+def test_settings_of_an_evaluated_checkpoint(run):
+    """A group is not taken from the checkpoint if one of its flags is given. Public files are ignored."""
     best, groups = runs.load(run / "best.pt"), [("rate",), ("epochs", "workers"), ("unheard_of",)]
     for words, expected in (([], (300, 3, 2)), (["--rate", "1"], (300, 1, 2)), (["--epochs", "5"], (5, 3, 0))):
         args = runs.parse_with_checkpoint(script(), words, best, groups)
         assert (args.epochs, args.rate, args.workers) == expected
-    public = dict(config=dict(rate=9))  # what others call `config` is not ours
+    public = dict(config=dict(rate=9))  # `config` of another project
     assert runs.parse_with_checkpoint(script(), [], public, groups).rate == 0.5
 
 
@@ -74,7 +74,7 @@ def test_what_a_resumed_run_may_change(run, tmp_path):
 
 
 def test_what_cannot_be_resumed(run, tmp_path):
-    """Nothing, a best.pt, a checkpoint of a script with other flags, and what is no checkpoint of a script."""
+    """A missing file, a best.pt, a checkpoint of a script with other flags, a file that is not a checkpoint."""
     last = runs.load(run / "last.pt")
     runs.save(tmp_path / "flags.pt", last | dict(config=last["config"] | dict(other=1)))
     torch.save({"head.weight": torch.zeros(2)}, tmp_path / "weights.pt")
@@ -85,7 +85,7 @@ def test_what_cannot_be_resumed(run, tmp_path):
 
 @pytest.mark.parametrize("script", [pretrain, finetune, detect])
 def test_one_epoch_of_any_recipe(script):
-    """Warm-ups made for long runs give way; no other."""
+    """Warm-ups that are too long for the run are shortened; others are not."""
     for recipe in script.RECIPES:
         for words in (["--epochs", "1"], ["--dry-run"]):
             args, _ = runs.parse(script.arguments(), script.RECIPES, ["--recipe", recipe, *words], 0.1, data.SETS)
@@ -95,7 +95,7 @@ def test_one_epoch_of_any_recipe(script):
 
 
 def test_a_run_folder(run):
-    """What is logged is what last.pt holds; another run moves it into earlier-N, the same one does not."""
+    """The log equals the history in last.pt. Another run moves the files to earlier-N, a resumed one does not."""
     last, best = runs.load(run / "last.pt"), runs.load(run / "best.pt")
     assert last.keys() - best.keys() == {"optimizer"} and torch.equal(last["weights"], torch.arange(3.0))
     assert [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] == HISTORY
@@ -127,11 +127,11 @@ class Code:
         self.path = path
 
     def __reduce__(self):
-        return open, (str(self.path / "made"), "w")  # is called when this is unpickled
+        return open, (str(self.path / "made"), "w")  # called by unpickling
 
 
 def test_files_that_are_not_read(run, tmp_path):
-    """Missing, empty, cut and damaged ones, and those that would run code: none of it runs."""
+    """Missing, empty, cut and damaged files, and files that would execute code, which is not executed."""
     whole = (run / "last.pt").read_bytes()
     contents = dict(empty=b"", text=b"no checkpoint", head=whole[:100], half=whole[: len(whole) // 2], end=whole[:-10])
     contents["pickle"] = pickle.dumps(Code(tmp_path), protocol=2)
@@ -145,6 +145,6 @@ def test_files_that_are_not_read(run, tmp_path):
     assert not (tmp_path / "made").exists()
 
 
-def test_settings_in_a_namespace_are_let_in(tmp_path):
+def test_settings_in_a_namespace_are_accepted(tmp_path):
     torch.save(dict(model={"w": torch.ones(2)}, args=argparse.Namespace(lr=1.0)), tmp_path / "public.pt")
     assert runs.load(tmp_path / "public.pt")["args"].lr == 1

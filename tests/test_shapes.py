@@ -1,4 +1,4 @@
-"""The drawn images: functions of their place alone, balanced, and with masks that say what can be seen."""
+"""Synthetic images: functions of split, index and size, balanced classes, masks of the visible parts."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from util.shapes import SHAPES, Shapes, draw_scene, draw_shapes
 
-# Points (right, down) of each object, and points beside it.
+# Points (right, down) inside each object, and points outside.
 INSIDE = dict(
     disk=[(0, 0), (0.6, 0.6)],
     square=[(0.7, 0.7)],
@@ -49,26 +49,26 @@ def test_an_image_depends_on_its_split_index_and_size_alone():
 
 
 def cut_out(mask):
-    """What is in the bounding box of a mask, (16, 16)."""
+    """Return the content of a mask's bounding box, resized to (16, 16)."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     box = mask[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     return F.interpolate(box[None, None].float(), (16, 16), mode="area")[0, 0]
 
 
-def test_coverage_is_that_of_the_bright_object_of_the_labelled_class():
+def test_coverage_matches_the_bright_object_and_its_label():
     images, labels, coverage = draw_shapes("train", range(100), (48, 64))
     pixels = images.movedim(1, -1) / 255
     assert pixels[coverage == 1].min() > 0.63 and pixels[coverage == 0].max() < 0.37
     line = torch.linspace(-1, 1, 101)
     templates = torch.stack([cut_out(shape(line[None], line[:, None]) < 0) for shape in SHAPES])
     nearest = torch.stack([(templates - cut_out(mask)).abs().sum((1, 2)).argmin() for mask in coverage > 0.5])
-    assert (nearest == labels).float().mean() > 0.9  # they are tilted
+    assert (nearest == labels).float().mean() > 0.9  # below 1, because objects are tilted
 
 
-def test_scenes_are_drawn_as_their_masks_say():
+def test_scenes_match_their_masks():
     scenes = [draw_scene("train", index, (48, 64)) for index in range(40)]
     for image, _, masks in scenes:
-        assert masks.sum(0).max() == 1 and masks.flatten(1).sum(1).min() > 12, "disjoint, and all in the picture"
+        assert masks.sum(0).max() == 1 and masks.flatten(1).sum(1).min() > 12, "disjoint, and inside the image"
         assert ((image.float().mean(0) > 127) == masks.any(0)).float().mean() > 0.99
     assert {len(labels) for _, labels, _ in scenes} == {1, 2, 3, 4, 5}
     assert all(map(torch.equal, scenes[7][::2], draw_scene("train", 7, (48, 64))[::2]))

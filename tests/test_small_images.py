@@ -1,4 +1,4 @@
-"""Sets in memory: their files, and views of a batch that equal torchvision's and those of single images."""
+"""Data sets in memory: their files; batched views equal torchvision's and those of single images."""
 
 import gzip
 import pickle
@@ -24,7 +24,7 @@ def noise(*shape, seed=0):
 
 
 def numbered(count, height=24, width=20, channels=3):
-    """Images whose label is their number."""
+    """Return images whose label is their number."""
     return InMemory(noise(count, channels, height, width), list(range(count)), [])
 
 
@@ -32,7 +32,7 @@ def numbered(count, height=24, width=20, channels=3):
 
 
 @pytest.mark.parametrize("size", [(24, 20), (40, 50), (10, 7)])
-def test_crops_are_torchvisions_of_the_same_rectangle(size):
+def test_crops_equal_torchvisions_of_the_same_rectangle(size):
     images = noise(64, 3, 24, 20)
     boxes = draw_boxes(torch.rand(64, 4, generator=torch.Generator().manual_seed(1)), 24, 20, 0.1)
     mirrored = torch.arange(64) % 2 == 0
@@ -45,14 +45,14 @@ def test_crops_are_torchvisions_of_the_same_rectangle(size):
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (24, 36), (100, 20)])
-def test_boxes_lie_inside_and_have_the_shares_and_shapes_asked_for(height, width):
+def test_boxes_lie_inside_and_have_the_requested_areas_and_ratios(height, width):
     boxes = draw_boxes(torch.rand(4000, 4, generator=torch.Generator().manual_seed(0)), height, width, 0.3)
     left, top, wide, high = boxes.unbind(1)
     assert boxes.equal(boxes.round()) and min(left.min(), top.min()) == 0 and min(wide.min(), high.min()) > 0
     for start, side, length in ((left, wide, width), (top, high, height)):
-        ends = (start + side)[side < length]  # of those that could lie elsewhere
+        ends = (start + side)[side < length]  # of boxes that could be moved
         assert len(ends) == 0 or (ends.min() < length and ends.max() == length)
-    if height < 2 * width:  # else what is 3:4 has not the share
+    if height < 2 * width:  # else boxes of 3:4 cannot have the area
         assert boxes[:, 0].unique().numel() > 3 and boxes[:, 1].unique().numel() > 3
         quantiles = (wide * high / (height * width)).quantile(torch.tensor([0.0, 0.25, 0.5, 0.75]))
         assert (quantiles - torch.tensor([0.3, 0.475, 0.65, 0.825])).abs().max() < 0.04
@@ -92,13 +92,13 @@ def test_half_of_the_crops_are_mirrored():
 
 
 @pytest.mark.parametrize("size, margin", [((16, 16), 8 / 7), ((24, 20), 1.0)])
-def test_what_is_not_cropped_is_the_centre(size, margin):
+def test_uncropped_views_are_the_centre(size, margin):
     images = numbered(5)
     batch, _, _ = BatchViews(images, size, margin=margin).__getitems__([(0, 3), (0, 1)])
     assert torch.equal(batch, torch.stack([CenterView(size, margin)(images[i][0]) for i in (3, 1)]))
 
 
-def test_which_views_training_takes():
+def test_type_of_training_views():
     options = dict(flip=True, channels=1, seed=0, device=torch.device("cpu"))
     augment = data.augmentations(rand_augment=9, erasing=0.9)
     at_once, one_by_one = (
@@ -122,7 +122,7 @@ def write_idx(path, array, pack):
 
 
 def write_mnist(folder, pack, train=6, test=3, size=28, seed=0):
-    """The four files, in which a label is an image's number modulo 10."""
+    """Write the four files; a label is the image's number modulo 10."""
     suffix = ".gz" if pack else ""
     for part, count in (("train", train), ("t10k", test)):
         write_idx(folder / f"{part}-images-idx3-ubyte{suffix}", noise(count, size, size, seed=seed + count), pack)
@@ -152,7 +152,7 @@ def test_mnist_is_read_from_its_four_files(tmp_path, name, place, pack):
             torchvision_set(name, "train", str(tmp_path), download=False)
 
 
-def test_sets_whose_files_have_the_same_names_are_told_apart(tmp_path):
+def test_sets_with_equal_file_names_are_distinguished(tmp_path):
     for seed, place in enumerate((".", "MNIST/raw", "FashionMNIST/raw")):
         write_mnist(tmp_path / place, pack=True, seed=seed)
     for seed, name in ((1, "mnist"), (2, "fashionmnist")):
@@ -160,8 +160,8 @@ def test_sets_whose_files_have_the_same_names_are_told_apart(tmp_path):
         assert torch.equal(found.images[:, 0], noise(6, 28, 28, seed=seed + 6))
 
 
-def test_a_grey_set_goes_through_all_scripts(tmp_path, capsys):
-    """From crops a batch at once to a fine-tuned classifier with RandAugment, a probe, scores and a picture."""
+def test_a_grey_set_works_in_all_scripts(tmp_path, capsys):
+    """From batched crops to a fine-tuned classifier with RandAugment, a probe, evaluation and a picture."""
     write_mnist(tmp_path, pack=True, train=64, test=20)
     common = dict(data="fashionmnist", data_root=tmp_path, device="cpu", batch_size=16, epochs=1)
     checkpoint = train("pretrain", tmp_path / "a", **common, workers=0, knn_every=1)
@@ -177,7 +177,7 @@ def test_a_grey_set_goes_through_all_scripts(tmp_path, capsys):
 
 
 def test_cifar_and_stl(tmp_path, monkeypatch):
-    """Files as their authors' archives hold, but few images; torchvision checks sums, which these have not."""
+    """Files as in the authors' archives, with few images. torchvision's checksums are disabled."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
     monkeypatch.setattr("torchvision.datasets.stl10.check_integrity", lambda *args: True)
     cifar = tmp_path / "cifar-10-batches-py"
@@ -193,7 +193,7 @@ def test_cifar_and_stl(tmp_path, monkeypatch):
     stl = tmp_path / "stl10_binary"
     stl.mkdir()
     for seed, (part, count) in enumerate((("train", 2), ("test", 3), ("unlabeled", 4))):
-        (stl / f"{part}_X.bin").write_bytes(bytes(noise(count, 3, 96, 96, seed=seed).numpy()))  # column by column
+        (stl / f"{part}_X.bin").write_bytes(bytes(noise(count, 3, 96, 96, seed=seed).numpy()))  # by columns
         (stl / f"{part}_y.bin").write_bytes(bytes(range(1, count + 1)))
     (stl / "class_names.txt").write_text("airplane\nbird\n")
     train, test = (torchvision_set("stl10", split, str(tmp_path), False) for split in ("train+unlabeled", "test"))

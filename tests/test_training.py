@@ -1,4 +1,4 @@
-"""Schedules, parameter groups, seeds, precision and processes: closed forms, and lists written out."""
+"""Schedules, parameter groups, seeds, precision and processes: closed forms and explicit lists."""
 
 import math
 import os
@@ -24,10 +24,10 @@ def test_warmup_cosine():
     assert rates(0, 1, 5, 10) == pytest.approx([0, 0.04, 0.2, 0.4])
     assert rates(20, 30, 50) == pytest.approx([0.2 * (1 + math.sqrt(0.5)), 0.2, 0], abs=1e-12)
     assert rates(0, 25, 50, warmup=0) == pytest.approx([0.4, 0.2, 0], abs=1e-12)
-    assert rates(10 - 1e-9, 10 + 1e-9) == pytest.approx([0.4, 0.4]), "no jump between the two parts"
+    assert rates(10 - 1e-9, 10 + 1e-9) == pytest.approx([0.4, 0.4]), "continuous at the end of the warm-up"
 
 
-def test_warmup_steps():
+def test_warmup_milestones():
     def rates(*steps, warmup=10):
         options = dict(peak=0.4, milestones=[20.0, 30.0], warmup=warmup)
         return [training.warmup_milestones(step, **options) for step in steps]
@@ -50,7 +50,7 @@ def test_start_momentum():
 
 
 def grouped(model, **options):
-    """{name: (lr_scale, weight_decay)} of all that is trained; each parameter is in one group."""
+    """Return {name: (lr_scale, weight_decay)} of trained parameters, each in exactly one group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = training.parameter_groups(model, 0.05, **options)
     found = [(names[p], (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
@@ -58,8 +58,8 @@ def grouped(model, **options):
     return dict(found)
 
 
-def test_what_decays():
-    """Weights of linear layers and of the patch embedding; no bias, norm, class or mask token, or position."""
+def test_weight_decay():
+    """Weights of linear layers and patch embedding decay, not biases, norms, class token, mask token or positions."""
     student = ViT((8, 12), 4, dim=16, depth=2, heads=2)
     model = PCAE(student, ptr=PTR((0,), 0.2), decoder_dim=8, decoder_depth=1, decoder_heads=2)
     layers = [
@@ -78,7 +78,7 @@ def test_what_decays():
 
 @pytest.mark.parametrize("pool", ["mean", "class"])
 def test_layer_decay(pool):
-    """A factor from the head to the last block, from each block to the one before, and to what makes the tokens."""
+    """One factor from head to last block, from each block to the one before, and from block 0 to the embeddings."""
     found = grouped(Classifier(ViT((8, 12), 4, dim=16, depth=11, heads=2), 5, pool=pool), layer_decay=0.5)
     for name, (scale, _) in found.items():
         power = 12 if name.split(".")[1] in ("cls_token", "pos_embed", "patch_embed") else 0
@@ -91,7 +91,7 @@ def test_layer_decay(pool):
 
 
 def test_seeds():
-    """The same of the same parts, else another: 63 bits, which every generator of torch takes."""
+    """Equal parts give equal seeds, other parts other seeds, of 63 bits, valid for all generators of torch."""
     assert training.derive_seed(0, "view", 3, 14) == training.derive_seed(0, "view", 3, 14)
     parts = [("1", 2), (1, "2"), (1, 2), (12,), ("12",), (2, 1), (-1, 2), ("1, 2",), ()]
     parts += [(seed, "view", epoch, index) for seed in range(4) for epoch in range(10) for index in range(40)]
@@ -110,7 +110,7 @@ def test_generators():
     assert of_torch(1, "a") == of_torch(1, "a") != of_torch(2, "a")
     state = torch.get_rng_state()
     assert own(1, "a") == own(1, "a") != own(1, "b")
-    assert torch.equal(torch.get_rng_state(), state), "torch's own generator is left alone"
+    assert torch.equal(torch.get_rng_state(), state), "torch's default generator is unchanged"
 
 
 def test_autocast_on_a_cpu():
@@ -127,7 +127,7 @@ def test_a_single_process():
     training.end_world()
 
 
-def test_a_device_that_is_not_here():
+def test_a_missing_device():
     with pytest.raises(SystemExit, match="--device toaster"):
         training.start_world("toaster")
 
@@ -148,7 +148,7 @@ def test_a_device_that_is_not_here():
     ],
 )
 def test_batch_sizes(batch, micro, processes, expected):
-    """(images at once, times): in all processes together they make the batch, or there is no run."""
+    """(micro-batch size, number): over all processes they must equal the batch size, else an error."""
     world = World(0, processes, CPU)
     if expected is None:
         with pytest.raises(SystemExit, match="--batch-size"):
@@ -158,7 +158,7 @@ def test_batch_sizes(batch, micro, processes, expected):
 
 
 @pytest.mark.parametrize("script", ["pretrain", "finetune", "evaluate", "detect", "visualize", "benchmark"])
-def test_how_long_threads_wait_is_decided_before_torch_is_loaded(script):
+def test_the_spin_count_is_set_before_torch_is_loaded(script):
     code = f"import sys, {script}; names = list(sys.modules); print(names.index('util.threads') < names.index('torch'))"
     assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True).strip() == "True"
 
@@ -166,7 +166,7 @@ def test_how_long_threads_wait_is_decided_before_torch_is_loaded(script):
 @pytest.mark.parametrize(
     "variables, spins", [({}, "700"), (dict(OMP_NUM_THREADS="1"), "None"), (dict(GOMP_SPINCOUNT="5"), "5")]
 )
-def test_threads_wait_for_a_bounded_time_unless_the_user_says_otherwise(variables, spins):
+def test_the_spin_count_is_bounded_unless_the_user_sets_threads(variables, spins):
     environment = {name: text for name, text in os.environ.items() if "OMP_" not in name} | variables
     code = "import os, util.threads; print(os.environ.get('GOMP_SPINCOUNT'))"
     found = subprocess.check_output([sys.executable, "-c", code], env=environment, cwd=ROOT, text=True)

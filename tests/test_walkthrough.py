@@ -1,4 +1,4 @@
-"""docs/walkthrough.md runs, and prints what stands below each snippet; no page has a dead link."""
+"""Snippets of docs/walkthrough.md run and print the output below them; pages have no dead links."""
 
 import contextlib
 import io
@@ -7,11 +7,11 @@ import re
 from helpers import ROOT
 
 
-def test_every_snippet_prints_what_stands_below_it(monkeypatch):
+def test_every_snippet_prints_the_output_below(monkeypatch):
     monkeypatch.chdir(ROOT)
     page = (ROOT / "docs/walkthrough.md").read_text()
     pairs = re.findall(r"```python\n(.*?)```\n```text\n(.*?)```", page, re.DOTALL)
-    assert len(pairs) == page.count("```python") == 11, "none without its output"
+    assert len(pairs) == page.count("```python") == 11, "every snippet has an output"
     names = {}
     for code, expected in pairs:
         with contextlib.redirect_stdout(io.StringIO()) as printed:

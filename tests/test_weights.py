@@ -1,6 +1,6 @@
-"""Weights from files and to files: each public format, other image sizes, what is refused, and export to timm.
+"""Loading and export of weights: each public format, other image sizes, rejected files, export to timm.
 
-Files are written here by the names that each project uses; `reference` is a plain ViT from such weights, none of ours.
+Files are written here with the names of each project. `reference` is a plain ViT from such weights, without our code.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from weights import infer_arguments, load_classifier, load_encoder, resize_posit
 PATCH, SIZE, GRID, DIM, HEADS = 8, (32, 32), (4, 4), 192, 3
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 TABLE = "relative_position_bias_table"
-quiet = [].append  # takes what is logged where that is not the point
+quiet = [].append  # discards the log
 
 
 def random_tensors(shapes, seed):
@@ -29,13 +29,13 @@ def random_tensors(shapes, seed):
 
 
 def layers(shapes):
-    """Shapes by the names of layers -> by the names of their weights and biases."""
+    """Convert shapes by names of layers to shapes by names of weights and biases."""
     weights = {f"{name}.weight": shape for name, shape in shapes.items()}
     return weights | {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
 
 
 def vit_weights(dim=DIM, depth=2, grid=GRID, channels=3, hidden=4 * DIM, seed=0):
-    """Random weights of a plain ViT by the names that timm, MAE, DINO and DeiT give them."""
+    """Return random weights of a plain ViT with the names of timm, MAE, DINO and DeiT."""
     block = {"norm1": (dim,), "attn.qkv": (3 * dim, dim), "attn.proj": (dim, dim)}
     block |= {"norm2": (dim,), "mlp.fc1": (hidden, dim), "mlp.fc2": (dim, hidden)}
     shapes = {"patch_embed.proj": (dim, channels, PATCH, PATCH), "norm": (dim,)}
@@ -61,7 +61,7 @@ def norm(tensors, name, x):
 
 
 def reference(tensors, images, heads=HEADS):
-    """Tokens (B, 1 + N, D) that a plain ViT with these weights makes, normalised if it has a last norm."""
+    """Return tokens (B, 1 + N, D) of a plain ViT with these weights, normalised if there is a final norm."""
 
     def linear(name, x):
         return F.linear(x, tensors[f"{name}.weight"], tensors[f"{name}.bias"])
@@ -91,7 +91,7 @@ DECODER = random_tensors({"mask_token": (1, 1, 64), "decoder_pos_embed": (1, 17,
 PROJECTOR = random_tensors({"head.0.weight": (48, DIM), "head.1.running_mean": (48,)}, 7)
 ARGUMENTS = dict(image_size=SIZE, patch_size=PATCH, channels=3, dim=DIM, depth=2, heads=HEADS, mlp_ratio=4.0)
 ARGUMENTS |= dict(mean=IMAGENET_MEAN, std=IMAGENET_STD)
-WIDE = ARGUMENTS | dict(image_size=(16, 64))  # as many patches in another grid
+WIDE = ARGUMENTS | dict(image_size=(16, 64))  # another grid with as many patches
 
 
 def moco(student, teacher):
@@ -130,7 +130,7 @@ def test_files_load_as_they_are(tmp_path, name):
         with pytest.raises(ValueError):
             load_encoder(checkpoint, weights="teacher", log=pytest.fail)
     for weights, tensors in sets.items():
-        lines = []  # what was assumed of a public file, and what matched
+        lines = []  # assumptions about a public file, and matched tensors
         encoder = load_encoder(checkpoint, weights=weights, log=lines.append).eval()
         assert encoder.arguments == ARGUMENTS and len(lines) == (1 if name == "ours" else 2)
         assert_close(encoder(images_of()).tokens, reference(tensors, images_of()))
@@ -148,14 +148,14 @@ def test_public_classifiers():
     images, tensors = images_of(), vit_weights() | HEAD
     mae = without(tensors, "norm.") | random_tensors(layers({"fc_norm": (DIM,)}), 6)
     assert_close(load_classifier(dict(model=mae), log=quiet)(images), reference_logits(mae, images, "mean"))
-    for pool in ("class", "mean"):  # a `norm` serves both: only the caller knows
+    for pool in ("class", "mean"):  # a `norm` fits both, so the caller must choose
         model = load_classifier(tensors, pool=pool, log=quiet)
         assert_close(model(images), reference_logits(tensors, images, pool))
 
 
 @torch.no_grad()
 def test_an_unusual_vit():
-    """Another width, MLP and grid; one channel; more than ten blocks; heads and drop path as told; half precision."""
+    """Another width, MLP and grid; one channel; more than ten blocks; given heads and drop path; half precision."""
     tensors = {name: t.half() for name, t in vit_weights(40, 11, grid=(3, 5), channels=1, hidden=100).items()}
     encoder = load_encoder(tensors, heads=5, grid=(3, 5), drop_path=0.2, log=quiet)
     assert encoder.blocks[-1].drop_path.p == 0.2 and encoder.pos_embed.dtype == torch.float32
@@ -185,7 +185,7 @@ def test_mocos_small_vit_has_twice_the_usual_heads():
 def test_resized_positions(old, new):
     table = torch.randn(3, *old)
     resized = resize_positions(F.pad(table.flatten(1).T, (0, 0, 1, 0), value=7)[None], old, new)[0]
-    assert (resized[0] == 7).all(), "the class token's stays"
+    assert (resized[0] == 7).all(), "the class token's position is unchanged"
     assert_close(resized[1:], F.interpolate(table[None], size=new, mode="bicubic")[0].flatten(1).T)
 
 
@@ -194,7 +194,7 @@ def test_resized_positions(old, new):
 def test_another_image_size(says, old):
     tensors, images, size = vit_weights() | HEAD, images_of((24, 40)), (24, 40)
     resized = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"], old, (3, 5)))
-    others = {"decoder_pos_embed": torch.ones(1, 5, 64), "neck.pos_embed": torch.ones(1, 16, 8)}  # are let be
+    others = {"decoder_pos_embed": torch.ones(1, 5, 64), "neck.pos_embed": torch.ones(1, 16, 8)}  # not resized
     encoder = load_encoder(dict(model=tensors | others) | says, image_size=size, log=quiet).eval()
     assert encoder.image_size == encoder.arguments["image_size"] == size
     assert_close(encoder(images).tokens, reference(resized, images))
@@ -202,7 +202,7 @@ def test_another_image_size(says, old):
     assert_close(model(images), reference_logits(resized, images, "class"))
 
 
-REFUSED = {
+REJECTED = {
     "no class token": without(vit_weights(), "cls_token"),
     "absolute and relative positions": vit_weights() | {f"blocks.0.attn.{TABLE}": torch.ones(52, HEADS)},
     "a table of another grid": without(vit_weights(), "pos_embed") | {f"rel_pos_bias.{TABLE}": torch.ones(51, HEADS)},
@@ -223,15 +223,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(name):
+@pytest.mark.parametrize("name", REJECTED)
+def test_rejected_files(name):
     for load, options in ((load_encoder, {}), (load_classifier, dict(pool="class"))):
         with pytest.raises(ValueError):
-            load(REFUSED[name] | (HEAD if options else {}), log=quiet, **options)
+            load(REJECTED[name] | (HEAD if options else {}), log=quiet, **options)
 
 
 @pytest.mark.parametrize("head", [{}, without(HEAD, "head.bias"), HEAD | {"pre_logits.fc.weight": torch.ones(1)}])
-def test_heads_that_are_not_whole_or_more_than_linear(head):
+def test_incomplete_or_nonlinear_heads(head):
     with pytest.raises(ValueError):
         load_classifier(vit_weights() | head, pool="class", log=quiet)
 
@@ -242,14 +242,14 @@ all_kinds = pytest.mark.parametrize("kind", KINDS, ids=str)
 
 @torch.no_grad()
 def trained(kind):
-    """An encoder, or a classifier on one, with a value of its own in every tensor, and images for it."""
+    """Return an encoder or classifier with random values in every tensor, and images."""
     torch.manual_seed(0)
     model = ViT((24, 40), PATCH, channels=1, dim=48, depth=2, heads=6, mlp_ratio=2.5)
     model = model if kind is None else Classifier(model, 7, **kind)
     for tensor in filter(torch.is_floating_point, model.state_dict().values()):
         tensor += 0.1 * torch.randn_like(tensor)
     if kind and kind["frozen"]:
-        model.fc_norm.running_var *= 1e-3  # beside which epsilon shows
+        model.fc_norm.running_var *= 1e-3  # so epsilon has an effect
     return model.eval(), images_of((24, 40), channels=1)
 
 
