@@ -27,7 +27,7 @@ from util.training import World, derive_seed, generator
 # folder.
 SMALL = dict(image_size=[32], patch_size=4, channels=3, min_crop=0.2, knn_every=5)
 SETS = {
-    "shapes": SMALL | dict(min_crop=1.0),  # random enough uncropped
+    "shapes": SMALL | dict(min_crop=1.0),  # random enough without crops
     "mnist": SMALL | dict(image_size=[28], channels=1, min_crop=1.0),  # uncropped, because crops are also mirrored
     "fashionmnist": SMALL | dict(image_size=[28], channels=1, min_crop=0.5),
     "cifar10": SMALL,

@@ -8,8 +8,8 @@ Pure functions of tensors, independent of the model, so any transformer can use 
         if i in ptr.blocks:
             x, kept = drop_tokens(x, ptr.drop_ratio, num_prefix=1)
 
-One stage *keeps* some tokens and *drops* the others. The *prefix* is the tokens at the start of the sequence (the
-class token) that are neither scored, nor dropped, nor part of the mean.
+One stage *keeps* some tokens and *drops* the others. The *prefix* (the class token) stands at the start of the sequence
+and is neither scored, nor dropped, nor part of the mean.
 """
 
 import argparse

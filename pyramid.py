@@ -14,7 +14,7 @@ from model import NO_PTR, ViT, sincos_position_embedding
 from ptr import PTR, scatter_tokens
 from weights import resize_positions
 
-STRIDES = (4, 8, 16, 32)  # of the pyramid's maps, whatever the patch size
+STRIDES = (4, 8, 16, 32)  # of the pyramid's maps, for all patch sizes
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -60,22 +60,22 @@ class ViTPyramid(nn.Module):
         super().__init__()
         self.encoder, self.out_channels, self.learned_positions = encoder, channels, learned_positions
         encoder.norm = nn.Identity()
-        if isinstance(encoder.pos_embed, nn.Parameter):  # BEiT's zeros are not
+        if isinstance(encoder.pos_embed, nn.Parameter):  # a buffer of zeros in BEiT
             encoder.pos_embed.requires_grad_(learned_positions)
         depth = len(encoder.blocks)
         self.taps = [max(1, round(depth * part)) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
         self.patch_size = encoder.arguments["patch_size"]
         if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"patches of {self.patch_size} pixels: the pyramid needs a power of 2")
+            raise ValueError(f"the patch size {self.patch_size} is not a power of 2, which the pyramid needs")
         self.resample = nn.ModuleList(resample(encoder.dim, self.patch_size, stride) for stride in STRIDES)
         self.fpn = FeaturePyramidNetwork([encoder.dim] * 4, channels, LastLevelMaxPool(), norm_layer=LayerNorm2d)
 
     def forward(
         self, images: Tensor, sizes: list[tuple[int, int]] | None = None, ptr: PTR = NO_PTR
     ) -> dict[str, Tensor]:
-        """Padded images (B, C, H, W) of the given (h, w) -> float32 maps (B, channels, H / stride, W / stride).
+        """Map padded images (B, C, H, W) of `sizes` (h, w) to float32 maps (B, channels, H / stride, W / stride).
 
-        The maps of STRIDES are named "0" to "3", and "pool" is one of half the size.
+        The maps of STRIDES are named "0" to "3". "pool" has half the size of "3".
         """
         p = self.patch_size
         grids = [(math.ceil(h / p), math.ceil(w / p)) for h, w in sizes or [images.shape[-2:]] * len(images)]

@@ -190,7 +190,7 @@ def matrix_product(args: argparse.Namespace) -> float:
 
 
 def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> tuple[Callable, int]:
-    """Return a step that fits in memory, and its batch size: `batch_size`, halved until the step does not fail."""
+    """Return a step that fits in memory, and its batch size: `batch_size`, halved until it fits."""
     while True:
         try:
             step = make_step(batch_size)
