@@ -61,8 +61,10 @@ RECIPES = {
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 # What `--eval` takes from the checkpoint where no flag says otherwise: groups of settings.
-KEPT = [(name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")]
-KEPT += ptr.FLAG_GROUPS
+FROM_CHECKPOINT = [
+    (name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")
+]
+FROM_CHECKPOINT += ptr.FLAG_GROUPS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -266,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, sets=("shapes", "coco"))
     if args.eval:
         checkpoint = runs.load(args.eval)
-        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # these are the pyramid's
@@ -296,7 +298,8 @@ def main(argv: list[str] | None = None) -> None:
         encoder = model.backbone.encoder
         (reduction,) = reductions(args, encoder)
     except ValueError as error:
-        raise SystemExit(f"error: {args.init}: {error}") from None
+        source = "" if args.init == "none" else f"{args.init}: "
+        raise SystemExit(f"error: {source}{error}") from None
     args.model, args.patch_size = weights.model_name(encoder), encoder.arguments["patch_size"]  # recorded as trained
     model.to(world.device)
     channels = encoder.arguments["channels"]

@@ -134,7 +134,8 @@ def main(argv: list[str] | None = None) -> None:
         reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
         counts = ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)
     except ValueError as error:
-        raise SystemExit(f"error: {args.init}: {error}") from None
+        source = "" if args.init == "none" else f"{args.init}: "
+        raise SystemExit(f"error: {source}{error}") from None
     size, args.model = encoder.image_size, weights.model_name(encoder)
     if asked_size is None and args.init != "none":
         args.image_size = list(size)

@@ -226,11 +226,8 @@ def main(argv: list[str] | None = None) -> None:
                 with training.autocast(world.device, args.precision):
                     output = forward(normalize(batch), micro_noise)
                 (output.loss / accumulate).backward()
-                step_metrics.update(
-                    loss=output.loss,
-                    target_std=metrics.mean_direction(output.target),
-                    prediction_std=metrics.mean_direction(output.prediction),
-                )
+                step_metrics.update(loss=output.loss)
+                step_metrics.update_spread(target_std=output.target, prediction_std=output.prediction)
             grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
             steps.append(step_metrics.compute(grad_norm))
             if guard.allows(steps[-1]):

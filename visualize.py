@@ -42,7 +42,7 @@ from util.shapes import draw_scene
 from util.small_images import in_channels
 
 # Groups of settings that are taken from the checkpoint where no flag is given.
-KEPT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
+FROM_CHECKPOINT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
 
 GAP, LINE = 8, 17  # pixels between tiles, and of a line of text
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fbf", "#8a8a00")  # of classes
@@ -184,13 +184,13 @@ def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device
         training.seed_generators(device, args.seed)
         inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
         config = checkpoint.get("config", {}) if "method" in checkpoint else {}
-        trained = argparse.Namespace(**vars(args) | config)
+        trained = argparse.Namespace(**vars(args) | dict(drop_ratio=0.0) | config)
         logits = classifier(inputs, ptr=ptr.from_args(trained, depth, single(trained.drop_ratio)))
         confidences, labels = logits.softmax(dim=1).max(dim=1)
         names = checkpoint.get("classes") or [f"class {i}" for i in range(logits.shape[1])]
         pairs = zip(labels.tolist(), confidences.tolist(), strict=True)
         captions = [f"{names[i]} {confidence:.1%}" for i, confidence in pairs]
-    reduction = ptr.from_args(args, depth, args.drop_ratio or 0.5)
+    reduction = ptr.from_args(args, depth, args.drop_ratio)
     class_token = (method, which) != ("pcae", "teacher")  # which runs without
     shown = dict(class_token=class_token, heatmap=args.heatmap, captions=captions, seed=args.seed)
     return draw_stages(encoder, images, patch_ids, reduction, **shown)
@@ -278,8 +278,14 @@ def main(argv: list[str] | None = None) -> None:
         save = draw_curves(args.log, args.metrics).savefig
     else:
         device, checkpoint = training.start_world(args.device).device, runs.load(args.checkpoint)
-        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
         args.drop_ratio = single(args.drop_ratio)
+        if (
+            checkpoint.get("method") != "detect"
+            and not args.drop_ratio
+            and "drop_ratio" not in runs.given(parser, argv)
+        ):
+            args.drop_ratio = 0.5  # of a checkpoint that drops none, too, PTR is to be seen
         draw = draw_detections if checkpoint.get("method") == "detect" else draw_checkpoint
         try:
             save = draw(args, checkpoint, device).save

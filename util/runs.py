@@ -113,15 +113,18 @@ def parse(
 
 
 def parse_with_checkpoint(
-    parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict[str, Any], kept: Iterable[tuple[str, ...]]
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    checkpoint: dict[str, Any],
+    groups: Iterable[tuple[str, ...]],
 ) -> argparse.Namespace:
     """Arguments for looking at a checkpoint: flags given, else its settings, else defaults.
 
-    `kept` are groups of settings; of a group from which a flag is given none is taken from the checkpoint. Of a public
+    Settings are taken in `groups`; of a group from which a flag is given none is taken from the checkpoint. Of a public
     file, whose `config` may be anything, none is taken.
     """
     config, names = checkpoint.get("config", {}) if "method" in checkpoint else {}, given(parser, argv)
-    taken = [name for group in kept if not names & {*group} for name in group if name in config]
+    taken = [name for group in groups if not names & {*group} for name in group if name in config]
     parser.set_defaults(**{name: config[name] for name in taken})
     return parser.parse_args(argv)
 

@@ -30,12 +30,19 @@ def ratio(text: str) -> float:
     return float(text)
 
 
+def positive(text: str) -> int:
+    """A flag's number of 1 or more."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
     """The flags of the optimisation, with a script's defaults; `drawn` is what is random in a micro-batch."""
     micro = f"images at once per process (default: all). Gradients accumulate; what is drawn differs ({drawn})"
     add("--epochs", type=int, default=epochs, help="passes over the data")
     add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
-    add("--micro-batch", type=int, help=micro)
+    add("--micro-batch", type=positive, help=micro)
     add("--blr", type=float, default=blr, help="learning rate per 256 images: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default, and if not below --epochs: {warmup})")
     add("--weight-decay", type=float, default=0.05, help="of matrices; none on biases, norms and tokens")
