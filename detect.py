@@ -8,6 +8,7 @@ python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with P
 
 import argparse
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,8 @@ def find_objects(
             results += coco.coco_results(found, seen[-1], loader.dataset.images.categories)
     results, seen = training.gather_lists(results), training.gather_lists(seen)
     training.check_readable(len(loader.dataset) - len(seen), len(loader.dataset))
+    if not seen:
+        raise SystemExit("error: --data: not one of the images to score can be read")
     return results, seen
 
 
@@ -269,6 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         checkpoint = runs.load(args.eval)
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
+        unused = {"init", "weights", "heads", "grid", "mean", "std"}
+        runs.reject(runs.given(parser, argv) & unused, "not with --eval, whose file holds all of the model")
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # these are the pyramid's
@@ -306,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
 
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
@@ -339,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             "steps  ", training.describe_steps(total_steps, args.batch_size, micro_batch, accumulate, args.blr, world)
         )
-        print(f"to continue after an interruption: python detect.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python detect.py --resume {shlex.quote(args.out)}")
 
     # 6. Train. Each draw is seeded by its place in the run, so resuming is exact.
     guard = training.StepGuard()
@@ -364,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
                     {name: target[name].to(world.device, non_blocking=True) for name in ("boxes", "labels", "masks")}
                     for target in targets
                 ]
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     losses = parallel(to_device(images, world.device), targets, reduction)
@@ -386,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
         results, seen = find_objects(model, val_loader, reduction, args.precision, world)
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
         speed = dict(images_per_second=len(steps) * args.batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         if world.is_main:
             row |= coco.average_precision(val, results, seen, show=epoch + 1 == args.epochs) | dict(scored=len(seen))
             history.append(row)
@@ -400,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 8. Say how it went
     if world.is_main:
-        print(f"next, AP against speed: python detect.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3")
+        print("next, AP against speed:")
+        print(f"  python detect.py --eval {shlex.quote(args.out)}/best.pt --drop-ratio 0 0.1 0.2 0.3")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ python finetune.py --data FOLDER --recipe imagenet --init FILE            MAE's 
 
 import argparse
 import math
+import shlex
 import time
 from typing import Any
 
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
     forward = training.compiled(parallel) if args.compile else parallel
 
     # 3. Data
@@ -198,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to validate")
         print(f"model   {encoder.describe()}, pooled by {model.pool}; class token + {' '.join(map(str, counts))}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
-        print(f"to continue after an interruption: python finetune.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python finetune.py --resume {shlex.quote(args.out)}")
 
     # 5. Train. Each draw is seeded by its place in the run, so resuming is exact.
     guard = training.StepGuard()
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                 images, labels = normalize(images), labels.to(world.device, non_blocking=True)
                 if mix is not None:
                     images, labels = mix(images, labels)
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     logits = forward(images, ptr=reduction)
@@ -247,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
         speed = dict(images_per_second=len(steps) * batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         row |= metrics.accuracies(logits, labels) | dict(scored=len(labels))
         history.append(row)
         best = max(row["top1"] for row in history)
@@ -265,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"top-1 accuracy on {history[-1]['scored']:,} validation images {history[-1]['top1']:.1%}, best {best:.1%}"
         )
-        print(f"next, accuracy against speed: python evaluate.py {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
+        print("next, accuracy against speed:")
+        print(f"  python evaluate.py {shlex.quote(args.out)}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
 
 
 if __name__ == "__main__":

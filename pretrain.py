@@ -9,6 +9,7 @@ python pretrain.py --resume                                     go on with the r
 
 import argparse
 import math
+import shlex
 import time
 
 import util.threads  # noqa: F401 (before torch)
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
     forward = training.compiled(parallel) if args.compile else parallel
 
     # 3. Data
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if args.method == "pcae":
             print(f"teacher momentum {first_momentum:.6g} at the start, 1 at the end")
-        print(f"to continue after an interruption: python pretrain.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python pretrain.py --resume {shlex.quote(args.out)}")
 
     # 5. Train. Each draw is seeded by its place in the run, so resuming is exact. The split's noise is drawn for the
     # whole batch and dealt out as the images are, so it does not depend on the number of processes.
@@ -221,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
                 with waiting:
                     batch, _, readable = next(batches)
                 unreadable += int((~readable).sum())
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     output = forward(normalize(batch), micro_noise)
@@ -246,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.method == "pcae":
             row["ema"] = momentum
         speed = dict(images_per_second=len(steps) * args.batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         if loaders and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
             row |= probe(model.student, loaders, normalize, args, world)
         history.append(row)
@@ -262,8 +263,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 7. Say how it went
     if world.is_main:
-        source = "" if args.data == "shapes" else f" --data {args.data} --data-root {args.data_root}"
-        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt{source}")
+        last, place = (
+            f"{shlex.quote(args.out)}/last.pt",
+            f"{shlex.quote(args.data)} --data-root {shlex.quote(args.data_root)}",
+        )
+        source = "" if args.data == "shapes" else f" --data {place}"
+        print(f"the student is in {args.out}/last.pt; next: python finetune.py --init {last}{source}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """A run folder has one owner, an interrupted run one command, and advice that is printed works."""
 
+import importlib
 import math
 import os
 import resource
@@ -105,6 +106,16 @@ def test_resume_starts_where_there_is_nothing_and_continues_where_there_is(tmp_p
     assert not (killed / "earlier-1").exists()
     with pytest.raises(SystemExit, match="nothing.pt"):
         train(script, tmp_path / "other", resume=tmp_path / "nothing.pt")
+
+
+@scripts
+def test_a_run_that_saved_nothing_yet_resumes_with_its_own_settings(tmp_path, script):
+    """Its args.json has them; so the printed command continues a run that is interrupted in its first epoch, too."""
+    plain = train(script, tmp_path / "run", **SETTINGS[script], seed=5)
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.unlink()
+    importlib.import_module(script).main(flags(resume=tmp_path / "run"))
+    assert_same_run(plain, runs.load(tmp_path / "run/last.pt"))
 
 
 @scripts

@@ -73,7 +73,7 @@ def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) ->
     row, scores = history[-1], [row["knn"] for row in history if "knn" in row]
     if (row.get("target_std") or 1.0) < 0.2:
         return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
-    if "knn" in row and 2 * row["epoch"] >= num_epochs and scores[-1] < 0.9 * scores[0]:
+    if "knn" in row and "knn" in history[0] and 2 * row["epoch"] >= num_epochs and scores[-1] < 0.9 * scores[0]:
         return f"features are worse than before training (k-NN accuracy {scores[-1]:.1%}, was {scores[0]:.1%})"
     return None
 

@@ -88,8 +88,14 @@ def parse(
     parser.set_defaults(**recipes[first.recipe])
     path = Path(first.resume or first.out)
     path = path / "last.pt" if path.is_dir() or not first.resume else path
+    begun = path.with_name("args.json")  # of a run that was interrupted before its first checkpoint
+    if first.resume is not None and not path.exists() and begun.exists():
+        settings = json.loads(begun.read_text(encoding="utf-8")) | dict(out=str(path.parent))
+        parser.set_defaults(**{name: value for name, value in settings.items() if name in first})
+        first.resume = ""
     if first.resume is None or not (first.resume or path.exists()):
         args = parser.parse_args(argv)
+        args.resume = first.resume
         settle_epochs(args, warmup_ratio)
         if args.dry_run:
             args.out = str(Path(args.out) / "dry-run")  # not where a real run is looked for
@@ -198,7 +204,8 @@ def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
         reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps what Python raised
         if not isinstance(reason, OSError):
             raise
-        raise SystemExit(f"error: {path} cannot be written ({reason}); an earlier one is whole") from None
+        kept = "; the last one is whole" if path.exists() else ""
+        raise SystemExit(f"error: {path} cannot be written ({reason}){kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -68,6 +68,11 @@ class World:
         return self.rank == 0
 
     @property
+    def is_distributed(self) -> bool:
+        """Whether torchrun started it, also as a single process."""
+        return dist.is_initialized()
+
+    @property
     def hides_bars(self) -> bool | None:
         """What `disable` of tqdm is to be: True in all processes but the first, None (not in a log file) there."""
         return None if self.is_main else True
@@ -87,8 +92,8 @@ def start_world(device: str) -> World:
 
     Without RANK the other variables are left over from a job script and do not count.
     """
-    launched = "RANK" in os.environ
-    missing = [name for name in TORCHRUN if name not in os.environ]
+    launched = bool(os.environ.get("RANK"))
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
     if launched and missing:
         raise SystemExit(f"error: the environment has RANK but not {', '.join(missing)}: use torchrun, or unset RANK")
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in TORCHRUN[:4]) if launched else (0, 0, 1, 1)
