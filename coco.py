@@ -43,12 +43,12 @@ class CocoDetection(Dataset):
             self.coco.dataset = tidy(json.loads(annotations.read_text(encoding="utf-8")))
             with contextlib.redirect_stdout(io.StringIO()):  # createIndex prints
                 self.coco.createIndex()
+            ids, category_ids = sorted(self.coco.imgs), sorted(self.coco.cats)  # TypeError if ids have several types
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SystemExit(f"error: --data: {annotations} is not in COCO's format ({error!r})") from None
-        ids = list(sorted(self.coco.imgs))
         order = torch.randperm(len(ids), generator=generator("limit"))[:limit].tolist() if limit else range(len(ids))
         self.ids = sorted(ids[i] for i in order)
-        self.categories = [(i, str(self.coco.cats[i]["name"])) for i in sorted(self.coco.cats)]
+        self.categories = [(i, str(self.coco.cats[i]["name"])) for i in category_ids]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -93,6 +93,8 @@ def tidy(content: dict[str, Any]) -> dict[str, Any]:
     object per id. Raises ValueError if most objects are unusable.
     """
     images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
+    if len(images) < len(content["images"]):
+        raise ValueError("several images have the same id")
     categories = {category["id"] for category in content["categories"]}
     listed = [a for a in content["annotations"] if a["image_id"] in images]
     kept = [a for a in listed if a["category_id"] in categories and is_usable(a, images[a["image_id"]])]

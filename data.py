@@ -21,7 +21,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, ViT
 from util.image_files import ImageFiles, UnreadableImage, class_folders
 from util.shapes import Shapes
 from util.small_images import BatchViews, CenterView, InMemory, in_channels, torchvision_set
-from util.training import World, derive_seed, generator
+from util.training import World, derive_seed, generator, positive
 
 # Data sets by name, with their default settings; util/small_images.py reads them into memory. Any other name is a
 # folder.
@@ -45,7 +45,7 @@ def add_flags(add: Callable[..., Any]) -> None:
     add("--data", default="shapes", help=f"{', '.join(SETS)}, or a folder with image files")
     add("--data-root", default="data", metavar="FOLDER", help="folder of torchvision's sets")
     add("--download", action="store_true", help="download a missing data set by torchvision")
-    add("--limit", type=int, metavar="N", help="use only a random, fixed subset of N images (default: all)")
+    add("--limit", type=positive, metavar="N", help="use only N images to train, fit or evaluate on (default: all)")
     add(
         "--image-size",
         type=int,
@@ -159,7 +159,8 @@ def subset(images: Dataset, indices: list[int]) -> Dataset:
 
 def describe(images: Dataset) -> str:
     """Describe a data set: 10,000 images of 10 classes (disk, square, triangle, ...)."""
-    classes = f" of {len(images.classes)} classes ({', '.join(images.classes[:3])}, ...)" if images.classes else ""
+    names = [*images.classes[:3], *["..."] * (len(images.classes) > 3)]
+    classes = f" of {len(images.classes)} classes ({', '.join(names)})" if names else ""
     return f"{len(images):,} images{classes}"
 
 
@@ -303,7 +304,7 @@ def training_loader(
         num_workers=workers,
         collate_fn=getattr(views, "collate", None),
         drop_last=True,
-        pin_memory=torch.cuda.is_available() and not hasattr(views, "__getitems__"),
+        pin_memory=torch.cuda.is_available() and workers > 0,
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # not torch's own generator, which is seeded per step
     )

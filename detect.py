@@ -8,6 +8,7 @@ python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with P
 
 import argparse
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,10 @@ RECIPES = {
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
 # Groups of settings that `--eval` takes from the checkpoint, unless a flag of the group is given.
-KEPT = [(name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")]
-KEPT += ptr.FLAG_GROUPS
+FROM_CHECKPOINT = [
+    (name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")
+]
+FROM_CHECKPOINT += ptr.FLAG_GROUPS
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -86,7 +89,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
     add("--patch-size", type=int, default=4, help="patch side in pixels, a power of 2, for --init none")
-    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth) (default: 0)")
+    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth (drop path; default: 0)")
     add("--channels", type=int, default=64, help="channels of the pyramid and the heads")
     add("--anchor", type=int, default=16, help="side of the smallest anchors in pixels; doubles from level to level")
     add("--rois", type=int, default=32, help="RoIs sampled per image in training")
@@ -231,6 +234,8 @@ def find_objects(
             results += coco.coco_results(found, seen[-1], loader.dataset.images.categories)
     results, seen = training.gather_lists(results), training.gather_lists(seen)
     training.check_readable(len(loader.dataset) - len(seen), len(loader.dataset))
+    if not seen:
+        raise SystemExit("error: --data: all images of the evaluation are unreadable")
     return results, seen
 
 
@@ -266,7 +271,9 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, sets=("shapes", "coco"))
     if args.eval:
         checkpoint = runs.load(args.eval)
-        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
+        unused = {"init", "weights", "heads", "grid", "mean", "std"}
+        runs.reject(runs.given(parser, argv) & unused, "not used with --eval, whose file holds the whole model")
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # here: of the pyramid
@@ -296,14 +303,15 @@ def main(argv: list[str] | None = None) -> None:
         encoder = model.backbone.encoder
         (reduction,) = reductions(args, encoder)
     except ValueError as error:
-        raise SystemExit(f"error: {args.init}: {error}") from None
+        source = "" if args.init == "none" else f"{args.init}: "
+        raise SystemExit(f"error: {source}{error}") from None
     args.model, args.patch_size = weights.model_name(encoder), encoder.arguments["patch_size"]  # recorded as trained
     model.to(world.device)
     channels = encoder.arguments["channels"]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
 
     # 4. Loaders and schedule
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
@@ -336,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             "steps  ", training.describe_steps(total_steps, args.batch_size, micro_batch, accumulate, args.blr, world)
         )
-        print(f"to continue after an interruption: python detect.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python detect.py --resume {shlex.quote(args.out)}")
 
     # 6. Train. Generators are seeded per step, so resuming is exact.
     guard = training.StepGuard()
@@ -361,7 +369,7 @@ def main(argv: list[str] | None = None) -> None:
                     {name: target[name].to(world.device, non_blocking=True) for name in ("boxes", "labels", "masks")}
                     for target in targets
                 ]
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     losses = parallel(to_device(images, world.device), targets, reduction)
@@ -383,7 +391,7 @@ def main(argv: list[str] | None = None) -> None:
         results, seen = find_objects(model, val_loader, reduction, args.precision, world)
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
         speed = dict(images_per_second=len(steps) * args.batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         if world.is_main:
             row |= coco.average_precision(val, results, seen, show=epoch + 1 == args.epochs) | dict(scored=len(seen))
             history.append(row)
@@ -397,7 +405,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 8. Summary
     if world.is_main:
-        print(f"saved in {args.out}; next: python detect.py --eval {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3")
+        print(f"saved in {args.out}; next, AP against speed:")
+        print(f"  python detect.py --eval {shlex.quote(args.out)}/best.pt --drop-ratio 0 0.1 0.2 0.3")
 
 
 if __name__ == "__main__":

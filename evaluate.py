@@ -32,7 +32,7 @@ def arguments() -> argparse.ArgumentParser:
     parser = runs.flag_parser(__doc__)
     parser.add_argument("file", metavar="FILE", help="a checkpoint of finetune.py or pretrain.py, or a public ViT")
     knn = "evaluate frozen features by k-NN (K, 20 if left out) and a ridge-regression probe"
-    parser.add_argument("--knn", type=int, nargs="?", const=20, metavar="K", help=knn)
+    parser.add_argument("--knn", type=training.positive, nargs="?", const=20, metavar="K", help=knn)
 
     add = parser.add_argument_group("data").add_argument
     data.add_flags(add)
@@ -85,8 +85,9 @@ def evaluate_classifier(
     if not world.is_main:
         return
     images = torch.randn(min(args.batch_size, 64), args.channels, *encoder.image_size, device=world.device)
-    whole, *reduced = [lambda ptr=ptr: model(images, ptr=ptr) for ptr in (PTR(), *reductions)]
-    speeds = profiling.speed_ups(whole, reduced, world.device)
+    whole, *reduced = [lambda reduction=reduction: model(images, ptr=reduction) for reduction in (PTR(), *reductions)]
+    with training.autocast(world.device, args.precision):
+        speeds = profiling.speed_ups(whole, reduced, world.device)
     print(f"model   {encoder.describe()}; {model.pool} pooling; on {world.device}; {len(labels):,} images evaluated")
     print(f"dropping after blocks {list(max((reduction.blocks for reduction in reductions), key=len))} (0-based)")
     print("  ratio  tokens    GMACs   top-1   top-5      speed-up")
@@ -121,18 +122,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = arguments()
     first = parser.parse_args(argv)
     checkpoint = runs.load(first.file)
-    kept = DATA if first.knn else (*DATA, *ptr.FLAG_GROUPS)  # with --knn, PTR only if a flag is given
-    args = runs.parse_with_checkpoint(parser, argv, checkpoint, kept)
+    groups = (*DATA, *ptr.FLAG_GROUPS) if first.knn is None else DATA  # with --knn, PTR only if a flag is given
+    args = runs.parse_with_checkpoint(parser, argv, checkpoint, groups)
     world = training.start_world(args.device)
 
     # 2. Model
     options = weights.told(args) | dict(image_size=args.image_size and data.sides(args.image_size))
     options["log"] = print if world.is_main else weights.say_nothing
     try:
-        if args.knn is None:
-            model = weights.load_classifier(checkpoint, pool=args.pool, **options)
-        else:
+        if args.knn is not None:
             model = weights.load_encoder(checkpoint, weights=args.weights, **options)
+        elif args.weights == "teacher" or "head.weight" not in weights.find_weights(checkpoint):
+            raise ValueError("the file has no classifier for this encoder: use --knn to evaluate features")
+        else:
+            model = weights.load_classifier(checkpoint, pool=args.pool, **options)
         encoder = model.encoder if args.knn is None else model
         ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # a checkpoint records one
         reductions = [ptr.from_args(args, len(encoder.blocks), ratio) for ratio in ratios]
@@ -149,14 +152,14 @@ def main(argv: list[str] | None = None) -> None:
         train = data.labelled_images(args.data, args.data_root, size, args.limit, args.download)
         val = data.validation_images(args.data, args.data_root, size, None, args.download, train.classes)
         loaders = [data.scoring_loader(images, size, args.channels, **scoring) for images in (train, val)]
-        print(f"data    {args.data}: {data.describe(train)}")
         return evaluate_features(encoder, loaders, reductions, args, world)
     val = validation_images(args, checkpoint, size)
     if checkpoint.get("classes") not in (None, val.classes) or len(val.classes) != model.head.out_features:
         raise SystemExit(
             f"error: {args.file} has {model.head.out_features} classes, which are not the classes of --data {args.data}"
         )
-    print(f"data    {args.data}: {data.describe(val)}")
+    if world.is_main:
+        print(f"data    {args.data}: {data.describe(val)}")
     evaluate_classifier(model, data.scoring_loader(val, size, args.channels, **scoring), reductions, args, world)
 
 

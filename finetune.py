@@ -8,6 +8,7 @@ python finetune.py --data FOLDER --recipe imagenet --init FILE            MAE's 
 
 import argparse
 import math
+import shlex
 import time
 from typing import Any
 
@@ -68,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     weights.add_init_flags(add)
     add("--patch-size", type=int, help="patch side in pixels, for --init none (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey, for --init none (default: as the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth) (default: 0)")
+    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth (drop path; default: 0)")
     add("--pool", default="mean", choices=weights.POOLS, help="input of the head: mean patch token or class token")
     add("--linear-probe", action="store_true", help="train only a linear layer on standardised features")
 
@@ -134,7 +135,8 @@ def main(argv: list[str] | None = None) -> None:
         reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
         counts = ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)
     except ValueError as error:
-        raise SystemExit(f"error: {args.init}: {error}") from None
+        source = "" if args.init == "none" else f"{args.init}: "
+        raise SystemExit(f"error: {source}{error}") from None
     size, args.model = encoder.image_size, weights.model_name(encoder)
     if asked_size is None and args.init != "none":
         args.image_size = list(size)
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     else:
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
     forward = training.compiled(parallel) if args.compile else parallel
 
     # 3. Data
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} validation images")
         print(f"model   {encoder.describe()}; {model.pool} pooling; class token + {' '.join(map(str, counts))}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
-        print(f"to continue after an interruption: python finetune.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python finetune.py --resume {shlex.quote(args.out)}")
 
     # 5. Train. Generators are seeded per step, so resuming is exact.
     guard = training.StepGuard()
@@ -221,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
                 images, labels = normalize(images), labels.to(world.device, non_blocking=True)
                 if mix is not None:
                     images, labels = mix(images, labels)
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     logits = forward(images, ptr=reduction)
@@ -246,7 +248,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         row = dict(epoch=epoch + 1, step=step, lr=lr) | metrics.mean_of_steps(steps)
         speed = dict(images_per_second=len(steps) * batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         row |= metrics.accuracies(logits, labels) | dict(scored=len(labels))
         history.append(row)
         best = max(row["top1"] for row in history)
@@ -264,7 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f"top-1 accuracy on {history[-1]['scored']:,} validation images: {history[-1]['top1']:.1%}, best {best:.1%}"
         )
-        print(f"saved in {args.out}; next: python evaluate.py {args.out}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
+        print(f"saved in {args.out}; next, accuracy against speed:")
+        print(f"  python evaluate.py {shlex.quote(args.out)}/best.pt --drop-ratio 0 0.1 0.2 0.3 0.4")
 
 
 if __name__ == "__main__":

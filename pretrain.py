@@ -9,6 +9,7 @@ python pretrain.py --resume                                     continue the run
 
 import argparse
 import math
+import shlex
 import time
 
 import util.threads  # noqa: F401 (before torch)
@@ -68,7 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder")
     add("--patch-size", type=int, help="patch side in pixels (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: as the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="drop path (stochastic depth), student (default: 0)")
+    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth of the student (default: 0)")
     add("--decoder-dim", type=int, default=64, help="decoder width")
     add("--decoder-depth", type=int, default=1, help="decoder blocks")
     add("--decoder-heads", type=int, default=4, help="attention heads of the decoder")
@@ -83,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
     add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that each PTR stage drops (pcae)")
     ptr.add_flags(add)
-    add("--ema", type=training.ratio, help="teacher's EMA momentum, rises to 1 (pcae; default start: 1 - 30 / steps)")
+    add("--ema", type=training.ratio, help="start of the teacher's momentum, rises to 1 (pcae; default: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, the random criterion"
@@ -154,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    parallel = DistributedDataParallel(model) if world.is_distributed else model
     forward = training.compiled(parallel) if args.compile else parallel
 
     # 3. Data
@@ -195,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
         )
         if args.method == "pcae":
             print(f"teacher momentum {first_momentum:.6g} at the start, 1 at the end")
-        print(f"to continue after an interruption: python pretrain.py --resume {args.out}/last.pt")
+        print(f"to continue after an interruption: python pretrain.py --resume {shlex.quote(args.out)}")
 
     # 5. Train. Generators are seeded per step, so resuming is exact. The split's noise is drawn for the global batch
     # and then sharded like the images, so it does not depend on the number of processes.
@@ -221,16 +222,13 @@ def main(argv: list[str] | None = None) -> None:
                 with waiting:
                     batch, _, readable = next(batches)
                 unreadable += int((~readable).sum())
-                if world.size > 1:
+                if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
                     output = forward(normalize(batch), micro_noise)
                 (output.loss / accumulate).backward()
-                step_metrics.update(
-                    loss=output.loss,
-                    target_std=metrics.mean_direction(output.target),
-                    prediction_std=metrics.mean_direction(output.prediction),
-                )
+                step_metrics.update(loss=output.loss)
+                step_metrics.update_spread(target_std=output.target, prediction_std=output.prediction)
             grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
             steps.append(step_metrics.compute(grad_norm))
             if guard.allows(steps[-1]):
@@ -249,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.method == "pcae":
             row["ema"] = momentum
         speed = dict(images_per_second=len(steps) * args.batch_size / seconds, data_wait=waiting.seconds / seconds)
-        row |= dict(unreadable=unreadable) | speed
+        row |= dict(unreadable=sum(training.gather_lists([unreadable]))) | speed
         if loaders and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
             row |= probe(model.student, loaders, normalize, args, world)
         history.append(row)
@@ -265,8 +263,12 @@ def main(argv: list[str] | None = None) -> None:
 
     # 7. Summary
     if world.is_main:
-        source = "" if args.data == "shapes" else f" --data {args.data} --data-root {args.data_root}"
-        print(f"student saved in {args.out}/last.pt; next: python finetune.py --init {args.out}/last.pt{source}")
+        last, place = (
+            f"{shlex.quote(args.out)}/last.pt",
+            f"{shlex.quote(args.data)} --data-root {shlex.quote(args.data_root)}",
+        )
+        source = "" if args.data == "shapes" else f" --data {place}"
+        print(f"student saved in {args.out}/last.pt; next: python finetune.py --init {last}{source}")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def speed(first: list[float], this: list[float]) -> str:
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
-SECONDS = dict(cuda=600, cpu=180)  # time limit of the report, by kind of device
+SECONDS = dict(cuda=540, cpu=150)  # time limit of the report, by kind of device
 PEAKS = {"H200": 989e12, "H100 80GB": 989e12, "A100": 312e12}  # FLOP/s in bf16 without sparsity, from the datasheets
 
 HEAD = """

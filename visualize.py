@@ -43,7 +43,7 @@ from util.shapes import draw_scene
 from util.small_images import in_channels
 
 # Groups of settings taken from the checkpoint, unless a flag of the group is given.
-KEPT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
+FROM_CHECKPOINT = (("data",), ("data_root",), ("mask_ratio",), *ptr.FLAG_GROUPS)
 
 GAP, LINE = 8, 17  # pixels between tiles; height of a line of text
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fbf", "#8a8a00")  # of classes
@@ -74,7 +74,7 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
-    add("--drop-ratio", type=float, help="fraction of the tokens that each stage drops; unset: 0.5, or 0 for detectors")
+    add("--drop-ratio", type=float, help="fraction of tokens that each stage drops (if 0 in the file: 0.5)")
     ptr.add_flags(add)
     return parser
 
@@ -183,13 +183,13 @@ def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device
         training.seed_generators(device, args.seed)
         inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
         config = checkpoint.get("config", {}) if "method" in checkpoint else {}
-        trained = argparse.Namespace(**vars(args) | config)
+        trained = argparse.Namespace(**vars(args) | dict(drop_ratio=0.0) | config)
         logits = classifier(inputs, ptr=ptr.from_args(trained, depth, single(trained.drop_ratio)))
         confidences, labels = logits.softmax(dim=1).max(dim=1)
         names = checkpoint.get("classes") or [f"class {i}" for i in range(logits.shape[1])]
         pairs = zip(labels.tolist(), confidences.tolist(), strict=True)
         captions = [f"{names[i]} {confidence:.1%}" for i, confidence in pairs]
-    reduction = ptr.from_args(args, depth, args.drop_ratio or 0.5)
+    reduction = ptr.from_args(args, depth, args.drop_ratio)
     class_token = (method, which) != ("pcae", "teacher")  # the teacher has no class token in pre-training
     shown = dict(class_token=class_token, heatmap=args.heatmap, captions=captions, seed=args.seed)
     return draw_stages(encoder, images, patch_ids, reduction, **shown)
@@ -277,8 +277,14 @@ def main(argv: list[str] | None = None) -> None:
         save = draw_curves(args.log, args.metrics).savefig
     else:
         device, checkpoint = training.start_world(args.device).device, runs.load(args.checkpoint)
-        args = runs.parse_with_checkpoint(parser, argv, checkpoint, KEPT)
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
         args.drop_ratio = single(args.drop_ratio)
+        if (
+            checkpoint.get("method") != "detect"
+            and not args.drop_ratio
+            and "drop_ratio" not in runs.given(parser, argv)
+        ):
+            args.drop_ratio = 0.5  # also show PTR for a checkpoint that drops no tokens
         draw = draw_detections if checkpoint.get("method") == "detect" else draw_checkpoint
         try:
             save = draw(args, checkpoint, device).save

@@ -207,6 +207,8 @@ def load_encoder(
             if value is not None and torch.tensor(value).tolist() != torch.tensor(says[name]).tolist():
                 raise ValueError(f"the file records --{name} {says[name]}: remove the flag, which has another value")
     else:
+        if not all(0 <= x <= 1 for x in mean or ()) or not all(0 < x <= 1 for x in std or ()):
+            raise ValueError(f"expected --mean and --std of pixels in [0, 1] (divide by 255), got {mean} and {std}")
         arguments = infer_arguments(tensors, heads, grid) | {name: value for name, value in told.items() if value}
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
         if is_moco and heads is None and arguments["dim"] == 384:
@@ -216,7 +218,10 @@ def load_encoder(
         rows, columns = grid_size(arguments["image_size"], arguments["patch_size"])
         assumed = [] if grid else [f"{rows} x {columns} patches (--grid)"]
         assumed += [] if heads or "relative_positions" in arguments else [f"{arguments['heads']} heads (--heads)"]
-        assumed += [] if mean and std else ["ImageNet's mean and standard deviation of pixels (--mean, --std)"]
+        assumed += [] if mean else ["ImageNet's mean of pixels (--mean)"]
+        assumed += [] if std else ["ImageNet's standard deviation (--std)"]
+        assumed += [f"the {weights} (--weights)"] if {"student", "teacher"} <= checkpoint.keys() else []
+        assumed += ["the weights, not their average"] if {"model_ema", "state_dict_ema"} & checkpoint.keys() else []
         if assumed:
             log(f"found {arguments['depth']} blocks of width {arguments['dim']}; assumed {', '.join(assumed)}")
     encoder = build_encoder(arguments | dict(image_size=image_size or arguments["image_size"]), drop_path)
@@ -341,6 +346,7 @@ def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
     if isinstance(model, Classifier):
         options |= dict(num_classes=model.head.out_features, global_pool="avg" if model.pool == "mean" else "token")
         options |= dict(fc_norm=False) if model.frozen else {}
+    options |= dict(pretrained_cfg_overlay=dict(mean=sizes["mean"], std=sizes["std"]))
     options |= dict(checkpoint_path=path) if path else {}
     return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
@@ -356,6 +362,8 @@ def main(argv: list[str] | None = None) -> None:
         "--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width in pixels, or both (default: own)"
     )
     args = parser.parse_args(argv)
+    if Path(args.out).resolve() == Path(args.file).resolve():
+        raise SystemExit(f"error: {args.out} is the input file: choose another output file")
     checkpoint, size = runs.load(args.file), args.image_size and (args.image_size[0], args.image_size[-1])
     try:
         if args.weights == "student" and "head.weight" in find_weights(checkpoint):

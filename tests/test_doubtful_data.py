@@ -31,15 +31,15 @@ def write_classes(folder, *names, count=10):
     return folder
 
 
-def write_ramps(folder, image_id=int, category_id=int):
-    """Write ramps with one square each in COCO's format; ids in annotations have the given types."""
+def write_ramps(folder, image_id=int, category_id=int, listed_id=int):
+    """Write ramps with one square each in COCO's format; ids have the given types."""
     (folder / "annotations").mkdir(parents=True)
     for split in ("train", "val"):
         (folder / f"{split}2017").mkdir()
         images, annotations = [], []
         for i in range(1, 41):
             Image.fromarray(RAMP.permute(1, 2, 0).numpy()).save(folder / f"{split}2017" / f"{i}.png")
-            images.append(dict(id=i, file_name=f"{i}.png", width=48, height=32))
+            images.append(dict(id=listed_id(i), file_name=f"{i}.png", width=48, height=32))
             outline = [[4, 4, 16, 4, 16, 16, 4, 16]]
             annotations.append(dict(image_id=image_id(i), category_id=category_id(1), bbox=[4, 4, 12, 12]))
             annotations[-1] |= dict(segmentation=outline)
@@ -129,6 +129,21 @@ def test_a_single_class_is_rejected(tmp_path):
 def test_ids_that_are_text_on_one_side_are_rejected(tmp_path, types):
     with pytest.raises(SystemExit, match=f"instances_val2017.json.* {next(iter(types))}"):
         CocoDetection(*coco.find_annotations(write_ramps(tmp_path, **types), "val"))
+
+
+def test_images_with_equal_ids_are_rejected(tmp_path):
+    with pytest.raises(SystemExit, match="instances_val2017.json"):
+        CocoDetection(*coco.find_annotations(write_ramps(tmp_path, listed_id=lambda i: i // 2), "val"))
+
+
+@pytest.mark.filterwarnings("ignore:skipped an unreadable image")
+def test_unreadable_images_of_all_processes_are_counted(tmp_path):
+    folder = write_classes(tmp_path / "images", "a", "b", count=10)
+    for path in sorted((folder / "train").rglob("*.*"))[:3]:
+        path.write_bytes(b"404 not found")
+    settings = TINY | dict(data=folder, patch_size=4, knn_every=0, batch_size=20, out=tmp_path / "run")
+    helpers.two_processes("pretrain", settings)
+    assert log(tmp_path / "run")[-1]["unreadable"] == 3
 
 
 # --- left and right ---------------------------------------------------------------------------------------------------

@@ -145,6 +145,12 @@ def test_flags_about_a_file_are_rejected_without_a_file(tmp_path, script, name):
         train(script, tmp_path / "run", init="none", limit=64, dry_run=True, **{name: told})
 
 
+@pytest.mark.parametrize("told", [dict(std=(0, 0, 0)), dict(mean=(123, 116, 103)), dict(mean=HALF, std=(58, 57, 57))])
+def test_statistics_are_of_pixels_between_0_and_1(grey, told):
+    with pytest.raises(ValueError, match="--mean"):
+        load_encoder(runs.load(grey), log=quiet, **told)
+
+
 def test_recorded_settings_are_those_of_the_trained_encoder(tmp_path, grey):
     small = dict(limit=4, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data", epochs=1)
     for script, settings in (("finetune", TINY), ("detect", small | dict(device="cpu"))):

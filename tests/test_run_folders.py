@@ -1,5 +1,6 @@
 """A run folder belongs to one run; one command starts and resumes a run; printed advice works."""
 
+import importlib
 import math
 import os
 import resource
@@ -105,6 +106,16 @@ def test_resume_starts_a_new_run_or_continues_an_existing_one(tmp_path, script):
     assert not (killed / "earlier-1").exists()
     with pytest.raises(SystemExit, match="nothing.pt"):
         train(script, tmp_path / "other", resume=tmp_path / "nothing.pt")
+
+
+@scripts
+def test_a_run_without_a_checkpoint_resumes_with_its_own_settings(tmp_path, script):
+    """From args.json, so the printed command also continues a run that is interrupted in its first epoch."""
+    plain = train(script, tmp_path / "run", **SETTINGS[script], seed=5)
+    for path in (tmp_path / "run").glob("*.pt"):
+        path.unlink()
+    importlib.import_module(script).main(flags(resume=tmp_path / "run"))
+    assert_same_run(plain, runs.load(tmp_path / "run/last.pt"))
 
 
 @scripts

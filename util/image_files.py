@@ -161,6 +161,11 @@ def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolder
         raise SystemExit(f"error: --data: labels need train/ and val/ with a folder per class ({error})") from None
     if not len(images):
         raise SystemExit(f"error: --data: the class folders of {folder} are empty")
+    inside = {Path(path).relative_to(folder).parts[:-1] for path in images.paths}  # (class, ...) of each image
+    below = [{parts[1:] for parts in inside if parts[0] == name} for name in images.classes]
+    if len(below) > 1 and len(below[0]) > 1 and () not in below[0] and all(names == below[0] for names in below):
+        names = ", ".join("/".join(parts) for parts in sorted(below[0])[:3])
+        print(f"warning: all classes of {folder} have the same subfolders ({names}, ...), which may be the classes")
     if len(images.classes) < 2:
         raise SystemExit(
             f"error: --data: {folder} has a single class, {images.classes[0]}: expected one folder per class directly "

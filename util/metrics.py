@@ -18,19 +18,25 @@ class StepMetrics:
     """Metrics of one training step: means over micro-batches and processes."""
 
     def __init__(self, accumulate: int):
-        self.accumulate, self.sums = accumulate, {}
+        self.accumulate, self.scalars, self.directions = accumulate, {}, {}
 
     def update(self, **values: Tensor) -> None:
-        """Add the metrics of a micro-batch: numbers, or `mean_direction`s (D,), which are logged as their spread."""
+        """Add the scalars of a micro-batch."""
         for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.detach().reshape(-1) / self.accumulate
+            self.scalars[name] = self.scalars.get(name, 0.0) + value.detach() / self.accumulate
+
+    def update_spread(self, **tokens: Tensor) -> None:
+        """Add tokens (B, R, D) of a micro-batch; their `spread` over the whole step is logged."""
+        for name, value in tokens.items():
+            self.directions[name] = self.directions.get(name, 0.0) + mean_direction(value) / self.accumulate
 
     def compute(self, grad_norm: Tensor) -> dict[str, float]:
         """Return all metrics by name. Only here does the host wait for the device, once per step."""
-        means = mean_over_processes(torch.cat(list(self.sums.values())))
-        parts = means.split([len(value) for value in self.sums.values()])
-        scalars = [part[0] if len(part) == 1 else spread(part) for part in parts]
-        return dict(zip([*self.sums, "grad_norm"], torch.stack([*scalars, grad_norm]).tolist(), strict=True))
+        sums = mean_over_processes(torch.cat([torch.stack([*self.scalars.values()]), *self.directions.values()]))
+        scalars, directions = sums.tensor_split([len(self.scalars)])
+        spreads = [spread(direction) for direction in directions.chunk(max(1, len(self.directions)))]
+        values = torch.stack([*scalars, *spreads[: len(self.directions)], grad_norm]).tolist()
+        return dict(zip([*self.scalars, *self.directions, "grad_norm"], values, strict=True))
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
@@ -60,14 +66,14 @@ def spread(direction: Tensor) -> Tensor:
 def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) -> str | None:
     """Return a warning if the last row of a pre-training log shows useless targets, else None.
 
-    Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is not above that of the untrained
-    encoder. The second check starts after half of the epochs, because features can be worse at first.
+    Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is more than a tenth below that of
+    the untrained encoder. The second check starts after half of the epochs, because features can be worse at first.
     """
     row, scores = history[-1], [row["knn"] for row in history if "knn" in row]
     if (row.get("target_std") or 1.0) < 0.2:
         return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
-    if "knn" in row and 2 * row["epoch"] >= num_epochs and scores[-1] <= scores[0]:
-        return f"features are no better than before training (k-NN accuracy {scores[-1]:.1%}, was {scores[0]:.1%})"
+    if "knn" in row and "knn" in history[0] and 2 * row["epoch"] >= num_epochs and scores[-1] < 0.9 * scores[0]:
+        return f"features are worse than before training (k-NN accuracy {scores[-1]:.1%}, was {scores[0]:.1%})"
     return None
 
 

@@ -88,8 +88,14 @@ def parse(
     parser.set_defaults(**recipes[first.recipe])
     path = Path(first.resume or first.out)
     path = path / "last.pt" if path.is_dir() or not first.resume else path
+    begun = path.with_name("args.json")  # of a run interrupted before its first checkpoint
+    if first.resume is not None and not path.exists() and begun.exists():
+        settings = json.loads(begun.read_text(encoding="utf-8")) | dict(out=str(path.parent))
+        parser.set_defaults(**{name: value for name, value in settings.items() if name in first})
+        first.resume = ""
     if first.resume is None or not (first.resume or path.exists()):
         args = parser.parse_args(argv)
+        args.resume = first.resume
         settle_epochs(args, warmup_ratio)
         if args.dry_run:
             args.out = str(Path(args.out) / "dry-run")  # separate from a real run
@@ -113,15 +119,18 @@ def parse(
 
 
 def parse_with_checkpoint(
-    parser: argparse.ArgumentParser, argv: list[str] | None, checkpoint: dict[str, Any], kept: Iterable[tuple[str, ...]]
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    checkpoint: dict[str, Any],
+    groups: Iterable[tuple[str, ...]],
 ) -> argparse.Namespace:
     """Return the arguments to evaluate a checkpoint: flags on the command line, else its settings, else defaults.
 
-    `kept` lists groups of settings. A group is taken from the checkpoint unless one of its flags is given. Public files
-    are skipped, because their `config` may be anything.
+    `groups` lists groups of settings. A group is taken from the checkpoint unless one of its flags is given. Public
+    files are skipped, because their `config` may be anything.
     """
     config, names = checkpoint.get("config", {}) if "method" in checkpoint else {}, given(parser, argv)
-    taken = [name for group in kept if not names & {*group} for name in group if name in config]
+    taken = [name for group in groups if not names & {*group} for name in group if name in config]
     parser.set_defaults(**{name: config[name] for name in taken})
     return parser.parse_args(argv)
 
@@ -195,7 +204,8 @@ def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
         reason = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps Python's error
         if not isinstance(reason, OSError):
             raise
-        raise SystemExit(f"error: {path} cannot be written ({reason}); an earlier file is unchanged") from None
+        kept = "; the earlier file is unchanged" if path.exists() else ""
+        raise SystemExit(f"error: {path} cannot be written ({reason}){kept}") from None
     finally:
         temporary.unlink(missing_ok=True)
 

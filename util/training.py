@@ -30,12 +30,19 @@ def ratio(text: str) -> float:
     return float(text)
 
 
+def positive(text: str) -> int:
+    """Parse an integer of at least 1, as a flag's type."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text}")
+    return int(text)
+
+
 def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
     """Add the flags of the optimisation, with a script's defaults; `drawn` lists what is drawn per micro-batch."""
     micro = f"images at once per process; gradients accumulate (default: all at once). Redrawn per micro-batch: {drawn}"
     add("--epochs", type=int, default=epochs, help="passes over the training images")
     add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
-    add("--micro-batch", type=int, help=micro)
+    add("--micro-batch", type=positive, help=micro)
     add("--blr", type=float, default=blr, help="base learning rate: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default: {warmup}; also if not below --epochs)")
     add("--weight-decay", type=float, default=0.05, help="weight decay of matrices; 0 for biases, norms and tokens")
@@ -61,6 +68,11 @@ class World:
         return self.rank == 0
 
     @property
+    def is_distributed(self) -> bool:
+        """Return whether torchrun started this process, even a single one."""
+        return dist.is_initialized()
+
+    @property
     def hides_bars(self) -> bool | None:
         """Return `disable` for tqdm: True except in the main process, there None (off unless on a terminal)."""
         return None if self.is_main else True
@@ -80,8 +92,8 @@ def start_world(device: str) -> World:
 
     Without RANK, the other variables come from a job script and are ignored.
     """
-    launched = "RANK" in os.environ
-    missing = [name for name in TORCHRUN if name not in os.environ]
+    launched = bool(os.environ.get("RANK"))
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
     if launched and missing:
         raise SystemExit(f"error: the environment has RANK but not {', '.join(missing)}: use torchrun or unset RANK")
     rank, local_rank, size, local_size = (int(os.environ[name]) for name in TORCHRUN[:4]) if launched else (0, 0, 1, 1)
