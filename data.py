@@ -65,7 +65,7 @@ def add_view_flags(add: Callable[..., Any]) -> None:
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
     """Add `--flip`, a flag of all three training scripts."""
-    text = "mirror training images left to right with probability 0.5; without effect at --min-crop 1"
+    text = "mirror training images left to right with probability 0.5 (pretrain.py, finetune.py: not at --min-crop 1)"
     add("--flip", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 

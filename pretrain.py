@@ -84,7 +84,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
     add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that each PTR stage drops (pcae)")
     ptr.add_flags(add)
-    add("--ema", type=training.ratio, help="start of the teacher's momentum, rises to 1 (pcae; default: 1 - 30 / steps)")
+    add("--ema", type=training.ratio, help="start of the teacher momentum, rises to 1 (pcae; default: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, the random criterion"
