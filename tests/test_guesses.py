@@ -80,7 +80,7 @@ def test_flags_give_what_the_file_does_not_record(unusual, capsys, left_out):
     out, top1 = score(capsys, path, data=unusual, pool="class", **size, **told)
     assert (top1 == "100.0%") == (left_out is None)
     named = [name for name in TOLD if f"--{name}" in out]
-    assert named == (["mean", "std"] if left_out in ("mean", "std") else [left_out] if left_out else [])
+    assert named == ([left_out] if left_out else [])
     assert left_out or load_classifier(runs.load(path), pool="class", **told).encoder.arguments["mean"] == HALF
     with pytest.raises(SystemExit, match="--pool"):
         score(capsys, path, data=unusual, **size, **told)
