@@ -166,7 +166,7 @@ of 12, counted from 0, are closest to its MACs."""
 
 
 def loading(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the images/s that one core reads, compared with Pillow, ToTensor and Normalize."""
+    """Yield a table of images/s on one core: our readers against one pipeline of Pillow, ToTensor and Normalize."""
     size, count, num_threads = (args.image_size, args.image_size), 32, torch.get_num_threads()
     crop = transforms.RandomResizedCrop(size, (0.2, 1.0), interpolation=transforms.InterpolationMode.BICUBIC)
     steps = [crop, transforms.RandomHorizontalFlip(), transforms.ToTensor()]

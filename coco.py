@@ -141,7 +141,7 @@ def fills_image(mask: dict[str, Any]) -> bool:
 
 
 def check_units(annotations: list[dict[str, Any]]) -> None:
-    """Raise ValueError if most boxes do not enclose their polygons, because of other units or another order."""
+    """Raise ValueError if most boxes and polygons disagree (IoU below 0.5), as in other units or another order."""
     some = [a for a in annotations if isinstance(a["segmentation"], list)][:1000]
     points = [torch.tensor([x for polygon in a["segmentation"] for x in polygon]).view(-1, 2) for a in some]
     around = torch.tensor([[*xy.amin(0).tolist(), *xy.amax(0).tolist()] for xy in points]).view(-1, 4)
@@ -232,7 +232,7 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
-    """Crop an image and its objects. Boxes shrink to the visible part; objects outside are removed."""
+    """Crop an image and its objects. Boxes follow from the visible masks; objects without one are removed."""
     area = ..., slice(top, top + height), slice(left, left + width)
     masks = target["masks"][area]
     seen = masks.flatten(1).any(dim=1).bool()
@@ -294,7 +294,7 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
 
 
 class DetectionViews(Views):
-    """Images with their targets. `augment` flips half of them and crops the fraction `crop_ratio`. The model resizes.
+    """Images with their targets. `augment` mirrors (if `flip`) and, with probability `crop_ratio`, crops.
 
     Without `augment`, an unreadable image is replaced by a blank one without objects and with image id -1.
     """
@@ -349,7 +349,7 @@ def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]
 def average_precision(
     images: CocoDetection, results: list[dict[str, Any]], image_ids: list[int], show: bool = False
 ) -> dict[str, float]:
-    """Return box and mask AP, AP50 and AP75 of these images in [0, 1], or -1 without objects. `show` prints a summary.
+    """Return `box_ap`, `box_ap50`, ..., `mask_ap75` of `image_ids` in [0, 1], -1 without objects. `show` prints more.
 
     Uses COCO's own evaluation.
     """

@@ -39,11 +39,19 @@ NAMED = SETS | {"a folder": FOLDER}
 NUM_SHAPES = dict(train=10_000, val=2_000)
 
 
-def add_flags(add: Callable[..., Any]) -> None:
-    """Add the flags about images. `fill_in` completes those that are None by default."""
-    sizes = ", ".join(f"{name}: {usual['image_size'][0]}" for name, usual in NAMED.items())
+def add_flags(add: Callable[..., Any], size_of: str = "") -> None:
+    """Add the flags about images; `size_of` says where the default size is from, if not from the data.
+
+    `fill_in` completes flags that are None by default.
+    """
+    sizes = size_of or ", ".join(f"{name}: {usual['image_size'][0]}" for name, usual in NAMED.items())
     add("--data", default="shapes", help=f"{', '.join(SETS)}, or a folder with image files")
-    add("--data-root", default="data", metavar="FOLDER", help="folder of torchvision's sets")
+    add(
+        "--data-root",
+        default="data",
+        metavar="FOLDER",
+        help="folder with torchvision's data sets (mnist, cifar10, ...)",
+    )
     add("--download", action="store_true", help="download a missing data set by torchvision")
     add("--limit", type=positive, metavar="N", help="use only N images to train, fit or evaluate on (default: all)")
     add(
@@ -53,7 +61,7 @@ def add_flags(add: Callable[..., Any]) -> None:
         metavar="PIXELS",
         help=f"height and width in pixels, or one number for both (default: {sizes})",
     )
-    add("--workers", type=int, help="processes that load images (default: one per core, at most 8)")
+    add("--workers", type=int, help="loader processes per training process (default: one per core, at most 8)")
 
 
 def add_view_flags(add: Callable[..., Any]) -> None:
@@ -108,7 +116,7 @@ def validation_images(
     download: bool = False,
     classes: list[str] | None = None,
 ) -> Dataset:
-    """Return validation images with labels: torchvision's test set, or a folder's `val/`, which may lack `classes`."""
+    """Return validation images with labels: torchvision's test set, or a folder's `val/` (label i: `classes[i]`)."""
     if name in SETS:
         return named_images(name, "val" if name == "shapes" else "test", root, size, limit, download)
     return at_most(class_folders(Path(name) / "val", classes), limit)
@@ -124,7 +132,7 @@ def named_images(
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
-    """Return a random but fixed subset of `limit` images: the first ones of a sorted folder have the same class."""
+    """Return a random, fixed subset of `limit` images, or all: the first ones of a sorted folder share a class."""
     if limit is None or limit >= len(images):
         return images
     return subset(images, torch.randperm(len(images), generator=generator("limit"))[:limit].tolist())
@@ -318,7 +326,7 @@ def evaluation_loader(views: Dataset, batch_size: int, *, workers: int | None = 
 
 
 def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **options: Any) -> DataLoader:
-    """Build the loader for evaluation: the centre of each image, cropped as in MAE, resized to `size`."""
+    """Build this process's loader for evaluation: centre crops as in MAE. `options`: see `evaluation_loader`."""
     margin = evaluation_margin(size)
     if isinstance(images, InMemory):
         views = BatchViews(images, size, margin=margin, channels=channels)

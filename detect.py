@@ -71,7 +71,9 @@ FROM_CHECKPOINT += ptr.FLAG_GROUPS
 def arguments() -> argparse.ArgumentParser:
     """Build the parser."""
     parser = runs.flag_parser(__doc__)
-    parser.add_argument("--eval", metavar="FILE", help="only evaluate a checkpoint of this script at each --drop-ratio")
+    parser.add_argument(
+        "--eval", metavar="FILE", help="only evaluate this checkpoint at each --drop-ratio, with its settings"
+    )
     runs.add_flags(parser, RECIPES, out="runs/detect", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument

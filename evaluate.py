@@ -34,8 +34,8 @@ def arguments() -> argparse.ArgumentParser:
     knn = "evaluate frozen features by k-NN (K, 20 if left out) and a ridge-regression probe"
     parser.add_argument("--knn", type=training.positive, nargs="?", const=20, metavar="K", help=knn)
 
-    add = parser.add_argument_group("data").add_argument
-    data.add_flags(add)
+    add = parser.add_argument_group("data (--data and --data-root: the checkpoint's unless given)").add_argument
+    data.add_flags(add, size_of="that of FILE")
     order = "order of a public file's classes if the class folders are numbers: by name (10 before 2) or by number"
     add("--class-order", default="name", choices=("name", "number"), help=order)
 

@@ -61,7 +61,7 @@ def arguments() -> argparse.ArgumentParser:
     runs.add_flags(parser, RECIPES, out="runs/finetune", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument
-    data.add_flags(add)
+    data.add_flags(add, size_of="that of --init, or of the data")
     data.add_view_flags(add)
     add("--label-fraction", type=training.ratio, default=1.0, help="fraction of the labelled images to use, per class")
 

@@ -60,7 +60,7 @@ class PTR:
 def num_kept(num_tokens: int, ratio: float) -> int:
     """Return the number of tokens kept at a drop ratio: floor(n (1 - ratio)).
 
-    The small constant guards the floor against rounding: 100 * (1 - 0.9) is 9.999999999999998.
+    The added 1e-6 guards the floor against rounding: 100 * (1 - 0.9) is 9.999999999999998.
     """
     return math.floor(num_tokens * (1 - ratio) + 1e-6)
 
@@ -137,10 +137,17 @@ FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop
 def add_flags(add: Callable[..., Any]) -> None:
     """Add the flags about where and which tokens are dropped. Each script adds its own `--drop-ratio`."""
     at = "drop after the first block of each stage (start), after its last (late), or after the first blocks (front)"
-    add("--drop-stages", type=int, default=3, help="number of PTR stages")
+    add("--drop-stages", type=int, default=3, help="number of stages, at each of which PTR drops tokens")
     add("--drop-at", default="start", choices=PLACEMENTS, help=at)
-    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help="0-based blocks to drop after; replaces --drop-at")
-    add("--criterion", default="similarity", choices=CRITERIA, help="score that decides what to drop (ptr.CRITERIA)")
+    add(
+        "--drop-blocks",
+        type=int,
+        nargs="*",
+        metavar="BLOCK",
+        help="0-based blocks to drop after, instead of --drop-stages and --drop-at",
+    )
+    criterion = "drop the most redundant tokens (similarity), any (random), or the least redundant (reverse)"
+    add("--criterion", default="similarity", choices=CRITERIA, help=criterion)
 
 
 def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:

@@ -74,7 +74,11 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
-    add("--drop-ratio", type=float, help="fraction of tokens that each stage drops (if 0 in the file: 0.5)")
+    add(
+        "--drop-ratio",
+        type=float,
+        help="fraction of tokens that each stage drops (if 0 in the file: 0.5, except for detectors)",
+    )
     ptr.add_flags(add)
     return parser
 
@@ -95,7 +99,7 @@ def read_images(names: list[str], limit: int) -> list[Tensor]:
 
 
 def single(drop_ratio: float | list[float] | None) -> float | None:
-    """Return the drop ratio of a checkpoint's settings; detect.py records a list of one."""
+    """Return a recorded drop ratio as a number; detect.py records a list of length 1."""
     return drop_ratio[0] if isinstance(drop_ratio, list) else drop_ratio
 
 

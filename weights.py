@@ -44,8 +44,8 @@ def add_init_flags(add: Callable[..., Any]) -> None:
 def add_file_flags(add: Callable[..., Any]) -> None:
     """Add the flags that select an encoder in a file or give what a public file, unlike ours, does not record."""
     add("--weights", default="student", choices=("student", "teacher"), help="encoder to take from the file")
-    add("--heads", type=int, help="attention heads of a public file (default: by its width)")
-    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patch grid of a public file (default: square)")
+    add("--heads", type=int, help="attention heads, if a public file does not say (default: as usual for its width)")
+    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of a public file (default: a square)")
     rgb, usual = ("R", "G", "B"), "of pixels in [0, 1] for a public file (default: ImageNet's"
     add("--mean", type=float, nargs=3, metavar=rgb, help=f"mean {usual}, {' '.join(map(str, IMAGENET_MEAN))})")
     add(

@@ -40,7 +40,7 @@ class StepMetrics:
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
-    """Average an epoch's steps; count as `skipped` those whose loss or gradient is not finite."""
+    """Average an epoch's steps, but not the `skipped` ones, whose loss or gradient is not finite; None if all are."""
     taken = [step for step in steps if is_finite(step)]
     mean = {name: sum(step[name] for step in taken) / len(taken) if taken else None for name in steps[0]}
     return mean | dict(skipped=len(steps) - len(taken))

@@ -208,7 +208,7 @@ class BatchViews(Dataset):
         return views, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
 
     def table(self, epoch: int) -> tuple[Tensor, Tensor]:
-        """Return the crop (N, 4) of each image in an epoch, and which are mirrored (N,)."""
+        """Return an epoch's crops (N, 4), left, top, width, height in pixels, and which images are mirrored (N,)."""
         if epoch not in self.tables:
             draws = torch.rand(len(self), 5, generator=generator(self.seed, "views", epoch))
             boxes = draw_boxes(draws[:, :4], *self.images.images.shape[-2:], self.min_crop)

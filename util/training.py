@@ -74,7 +74,7 @@ class World:
 
     @property
     def hides_bars(self) -> bool | None:
-        """Return `disable` for tqdm: True except in the main process, there None (off unless on a terminal)."""
+        """Return tqdm's `disable`: None in the main process (a bar only on a terminal), True in the others."""
         return None if self.is_main else True
 
     def describe(self) -> str:
@@ -120,7 +120,7 @@ def end_world() -> None:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over all processes."""
+    """Average a tensor over all processes. Overwrites `values`: use what is returned."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -284,8 +284,8 @@ def ema_momentum(step: float, *, base: float, total: float) -> float:
 def start_momentum(total: float) -> float:
     """Return the default `base` of `ema_momentum` for a run of `total` steps: 1 - 30 / total.
 
-    The teacher then first averages over about 1 / (1 - base) steps, a thirtieth of the run. In the paper's run (0.9999,
-    93,600 steps) it is a ninth. In short runs on small images, less is better (docs/study).
+    The teacher then first averages over about 1 / (1 - base) steps, a thirtieth of the run. The paper's teacher
+    averages over a ninth (0.9999, 93,600 steps). In short runs on small images, shorter averages are better (docs/study).
     """
     return max(0.0, 1 - 30 / total)
 
