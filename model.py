@@ -225,7 +225,7 @@ class ViT(nn.Module):
         return f"{parameters:.1f} M parameters, {self.num_patches} patches"
 
     def embed(self, images: Tensor, patch_ids: Tensor, class_token: bool) -> Tensor:
-        """Embed patches, add positions, perhaps prepend the class token: (B, C, H, W), ids (B, n) -> (B, [1 +] n, D)."""
+        """Embed patches, add positions, maybe prepend the class token: (B, C, H, W), ids (B, n) -> (B, [1 +] n, D)."""
         if images.shape[-2:] != self.image_size:
             raise ValueError(f"expected images of {self.image_size} pixels, got {tuple(images.shape[-2:])}")
         x = self.patch_embed(images, patch_ids) + self.pos_embed[0, 1:][patch_ids]

@@ -284,8 +284,8 @@ def ema_momentum(step: float, *, base: float, total: float) -> float:
 def start_momentum(total: float) -> float:
     """Return the default `base` of `ema_momentum` for a run of `total` steps: 1 - 30 / total.
 
-    The teacher then first averages over about 1 / (1 - base) steps, a thirtieth of the run. The paper's teacher
-    averages over a ninth (0.9999, 93,600 steps). In short runs on small images, shorter averages are better (docs/study).
+    The teacher then first averages over about 1 / (1 - base) steps, a thirtieth of the run. The paper's averages
+    over a ninth (0.9999, 93,600 steps). In short runs on small images, shorter averages are better (docs/study).
     """
     return max(0.0, 1 - 30 / total)
 
