@@ -1,72 +1,135 @@
 #!/usr/bin/env bash
-# The study's runs, one line each: bash docs/study/commands.sh FOLDER | xargs -P 2 -d '\n' -n 1 bash -c
-# FOLDER holds Fashion-MNIST's four files. What is done already is left out.
+# The runs of docs/study/length.md, on the code of commit 390f014 (finetune.py --knn is evaluate.py --knn today), most important first: name, tab, command. Prints only what is not finished; an interrupted
+# one goes on where it stopped.
+#     bash docs/study/commands.sh FASHIONMNIST HELD_OUT RUNS | cut -f 2 | xargs -P 2 -d '\n' -n 1 bash -c
+# FASHIONMNIST: folder with the set's four files; HELD_OUT: folder written by hold_out.py; RUNS: folder for the results
 set -euo pipefail
-data="--data fashionmnist --data-root $1" unit="--limit 20000 --epochs 10 --knn-every 10" one="OMP_NUM_THREADS=1"
-out=runs/study
-mkdir -p $out
+data="--data fashionmnist --data-root $1" held="--data fashionmnist --data-root $2" runs=$3 one="export OMP_NUM_THREADS=1;"
+mkdir -p "$runs"
 
-pretrain() { # name, seed, flags
-    local run=$out/$1-$2
-    [ -f "$run/knn.txt" ] || echo "$one python pretrain.py $data $unit --seed $2 --out $run ${*:3} > $run.log 2>&1 \
-&& $one python finetune.py $data --limit 20000 --knn --init $run/last.pt > $run/knn.tmp 2>> $run.log && mv $run/knn.tmp $run/knn.txt"
+pretrain() { # name, seed, flags: pre-train, then score on held-out images
+    local run=$runs/$1-$2
+    [ -f "$run/held-out.txt" ] || printf '%s\t%s\n' "$1-$2" "$one if [ -f $run/last.pt ]; \
+then python pretrain.py --resume $run/last.pt; \
+else python pretrain.py $data --knn-every 10 --seed $2 --out $run ${*:3}; fi >> $run.log 2>&1 \
+&& python finetune.py $held --knn --init $run/last.pt > $run/held-out.tmp 2>> $run.log && mv $run/held-out.tmp $run/held-out.txt"
 }
 
-finetune() { # name of the pre-training, seed, name, flags
-    local run=$out/$1-$2 init="--init $out/$1-$2/last.pt"
-    [ "$1" != scratch ] || init="--init none --layer-decay 1"
-    [ -f "$run-$3/done" ] || echo "$one python finetune.py $data $init --seed $2 --out $run-$3 ${*:4} \
-> $run-$3.log 2>&1 && touch $run-$3/done"
+score() { # name, seed: the test images
+    local run=$runs/$1-$2
+    [ ! -f "$run/held-out.txt" ] || [ -f "$run/knn.txt" ] || printf '%s\t%s\n' "$1-$2-test" "$one \
+python finetune.py $data --knn --init $run/last.pt > $run/knn.tmp 2>> $run.log && mv $run/knn.tmp $run/knn.txt"
 }
 
-# Question 0, by metrics.jsonl alone
-if [ "${2:-}" = tune ]; then
-    for seed in 0 1; do
-        for ema in 0.99 0.997 0.999 0.9999 1; do echo pcae-ema$ema $seed --ema $ema; done
-        for blr in 4e-3 16e-3; do echo pcae-blr$blr $seed --ema 0.99 --blr $blr; done
-        for blr in 4e-3 8e-3 16e-3 32e-3; do echo mae-blr$blr $seed --method mae --epochs 9 --knn-every 9 --blr $blr; done
-        for blr in 4e-3 8e-3 16e-3 32e-3; do echo simmim-blr$blr $seed --method simmim --epochs 4 --knn-every 4 --blr $blr; done
-    done | while read -r name seed flags; do
-        run=$out/tune/$name-$seed
-        [ -f "$run/done" ] || echo "$one python pretrain.py $data $unit $flags --seed $seed --out $run > /dev/null 2>&1 \
-&& touch $run/done"
+finetune() { # images (data or held), name of the pre-training or scratch, seed, name, flags
+    local run=$runs/$2-$3-$4 init="--init $runs/$2-$3/last.pt"
+    [ "$2" != scratch ] || init="--init none --layer-decay 1"
+    [ "$2" = scratch ] || [ -f "$runs/$2-$3/held-out.txt" ] || return 0
+    [ -f "$run/done" ] || printf '%s\t%s\n' "$2-$3-$4" "$one [ -f $run/last.pt ] && again='--resume $run/last.pt'; \
+python finetune.py \${again:-${!1} $init --seed $3 --out $run ${*:5}} >> $run.log 2>&1 && touch $run/done"
+}
+
+# The pre-training of the README's example, for question 2
+for seed in 0 1 2; do pretrain short $seed --limit 20000 --epochs 10; done
+
+# Question 2: peak learning rate in thousandths, batch size, epochs. --blr is per 256 images
+few() { # pre-training or scratch, seed, fraction, peak, batch size, epochs, images per epoch: labels are repeated until an
+    # epoch has that many. ../study-code-few: finetune.py patched to do that, and to score only after the last epoch
+    local blr name=heldout-$3-lr$4-b$5-e$6; blr=$(awk "BEGIN { print 0.256 * $4 / $5 }")
+    finetune held $1 $2 $name${7:+-m$7} --label-fraction $3 --blr $blr --batch-size $5 --epochs $6 |
+        sed "s#python finetune#cd ../study-code-few \&\& EPOCH_IMAGES=${7:-0} &#"
+}
+for seed in 0 1; do # 0.012 of 50,000: 600
+    for peak in 1 2; do few short $seed 0.012 $peak 64 10 6400; done
+    few short $seed 0.012 2 64 10 3200
+    few short $seed 0.012 1 64 10
+    few short $seed 0.012 2 8 10
+done
+for peak in 1 2 4; do few short 0 0.12 $peak 64 10; done # 6,000
+for peak in 2 4 1; do few short 0 1 $peak 64 2; done # 50,000
+few short 0 0.12 2 64 10 12800
+few short 0 0.012 2 64 10 12800
+for seed in 0 1; do few short $seed 0.012 4 64 10 6400; done
+few scratch 0 0.012 2 64 10 6400
+for labels in 0.12 0.012; do few short 0 $labels 4 64 10 12800; done
+few scratch 0 0.012 2 64 10 12800
+few short 1 0.012 2 64 10 12800
+few scratch 0 0.012 4 64 10 12800
+few scratch 1 0.012 2 64 10 12800
+few scratch 0 0.012 1 64 10 12800
+for labels in 0.12 0.012; do few short 0 $labels 2 64 10 25600; done
+for peak in 2 4; do few short 0 1 $peak 64 10; done
+# One seed: time was short, and these lose
+few short 0 0.012 2 8 20
+for peak in 1 4; do few short 0 0.012 $peak 8 10; done
+few short 0 0.012 2 4 10
+few short 0 0.012 2 16 20
+
+# Question 1: learning rates
+for blr in 8e-3 4e-3 16e-3; do pretrain pcae-10-$blr 0 --epochs 10 --blr $blr; done
+for blr in 16e-3 8e-3 32e-3; do pretrain mae-9-$blr 0 --method mae --epochs 9 --blr $blr; done
+
+# Question 1, with the learning rates that were chosen
+pcae="" mae=""
+if [ "$pcae" ]; then
+    for length in 20 40 10 60; do
+        for seed in 0 1 2; do
+            epochs=$((length * 9 / 10))
+            pretrain pcae-$length-$pcae $seed --epochs $length --blr $pcae
+            pretrain mae-$epochs-$mae $seed --method mae --epochs $epochs --blr $mae
+            score pcae-$length-$pcae $seed
+            score mae-$epochs-$mae $seed
+        done
     done
-    exit
 fi
 
-# Questions 1 to 7. What question 0 chose: for PCAE the defaults, a momentum of .99
-pcae="" mae="--method mae --epochs 9 --knn-every 9 --blr 16e-3" simmim="--method simmim --epochs 4 --knn-every 4 --blr 32e-3"
-for seed in 0 1 2; do
-    pretrain pcae $seed $pcae
-    pretrain mae $seed $mae
-    pretrain frozen $seed $pcae --ema 1
-    pretrain no-ptr-equal-compute $seed $pcae --epochs 6 --knn-every 6 --drop-ratio 0
-    pretrain simmim $seed $simmim
-done
-for seed in 0 1 2; do
-    pretrain ema.9999 $seed $pcae --ema 0.9999
-    pretrain random $seed $pcae --criterion random
-    pretrain reverse $seed $pcae --criterion reverse
-    pretrain no-ptr $seed $pcae --drop-ratio 0
-    pretrain decoder-2 $seed $pcae --decoder-depth 2
-done
-for seed in 0 1 2; do
-    pretrain mask-.85 $seed $pcae --mask-ratio 0.85
-    pretrain mask-.85-equal-compute $seed $pcae --mask-ratio 0.85 --epochs 13 --knn-every 13
-    pretrain stage-1 $seed $pcae --drop-stages 1 --drop-ratio 0.875
-    pretrain ratio-.37 $seed $pcae --drop-ratio 0.37
-    pretrain decoder-4 $seed $pcae --decoder-depth 4
-done
+# Question 3: patches of 2. MAE costs 1.24 times as much per step, no PTR 1.90, PCAE's second decoder block 1.19, MAE's 1.56
+two="--limit 20000 --patch-size 2" pcae2="" mae2=""
+for blr in 8e-3 4e-3 16e-3; do pretrain two-pcae-$blr 0 $two --epochs 10 --blr $blr; done
+for blr in 16e-3 8e-3 32e-3 4e-3 64e-3; do pretrain two-mae-$blr 0 $two --method mae --epochs 8 --blr $blr; done
+if [ "$pcae2" ]; then
+    for ema in 0.99 0.999; do pretrain two-pcae-ema$ema 0 $two --epochs 10 --blr $pcae2 --ema $ema; done
+    pretrain two-pcae-decoder2 0 $two --epochs 8 --blr $pcae2 --decoder-depth 2
+    pretrain two-mae-decoder2 0 $two --method mae --epochs 5 --blr $mae2 --decoder-depth 2
+    for seed in 0 1 2; do # with what was chosen
+        pretrain two-pcae-$pcae2 $seed $two --epochs 10 --blr $pcae2
+        pretrain two-mae-$mae2 $seed $two --method mae --epochs 8 --blr $mae2
+        pretrain two-random $seed $two --epochs 10 --blr $pcae2 --criterion random
+        pretrain two-frozen $seed $two --epochs 10 --blr $pcae2 --ema 1
+        pretrain two-no-ptr $seed $two --epochs 5 --blr $pcae2 --drop-ratio 0
+        for name in pcae-$pcae2 mae-$mae2 random frozen no-ptr; do score two-$name $seed; done
+    done
+fi
 
-# 1 % of the labels: 750 steps. The rate was chosen among three on one pre-training; scratch has two
-few="--label-fraction 0.01 --batch-size 8 --epochs 10"
-for seed in 0 1 2; do
-    for name in pcae mae simmim frozen; do finetune $name $seed one-percent $few --blr 64e-3; done
-    finetune pcae $seed one-percent-ptr $few --blr 64e-3 --drop-ratio 0.3
-    for blr in 32e-3 64e-3; do finetune scratch $seed one-percent-$blr $few --blr $blr; done
-done
+# Question 5: model.py patched (the two diffs in length.md) in ../study-code-mean and ../study-code-whole. The whole image costs
+# 1.18 times as much per step
+if [ "$pcae" ]; then
+    for seed in 0 1 2; do
+        pretrain mean-20 $seed --epochs 20 --blr $pcae | sed 's#python pretrain#cd ../study-code-mean; &#'
+        pretrain whole-17 $seed --epochs 17 --blr $pcae | sed 's#python pretrain#cd ../study-code-whole; &#'
+        for name in mean-20 whole-17; do score $name $seed; done
+    done
+fi
 
-# Question 8, when these are done: a table each
-for run in $out/pcae-[012]-one-percent*/; do
-    [ ! -f "$run/last.pt" ] || echo "$one python finetune.py --eval $run/last.pt --drop-ratio 0 0.1 0.2 0.3 0.4 > $run/ptr.txt"
+# Question 6. The learning rate is tuned on 100 scenes and scored on others than the test scenes
+detect() { # shapes or scratch, seed, scenes, split, learning rate
+    local run=$runs/$1-$2-scenes-$3-$4-blr$5 init="--init $runs/shapes-$2/last.pt"
+    [ "$1" != scratch ] || init="--init none --layer-decay 1"
+    [ -f "$run/done" ] || printf '%s\t%s\n' "${run##*/}" "$one [ -d $runs/scenes-$3-$4 ] \
+|| PYTHONPATH=. python $here/scenes.py $runs/scenes-$3-$4 $3 $4; \
+python detect.py --data $runs/scenes-$3-$4 $init --blr $5 --seed $2 --out $run > $run.log 2>&1 && touch $run/done"
+}
+here=$(realpath "${BASH_SOURCE[0]%/*}") detection="" scratch=""
+for seed in 0 1 2; do
+    [ -f "$runs/shapes-$seed/done" ] || printf '%s\t%s\n' "shapes-$seed" "$one \
+python pretrain.py --seed $seed --out $runs/shapes-$seed > $runs/shapes-$seed.log 2>&1 && touch $runs/shapes-$seed/done"
 done
+if [ -f "$runs/shapes-0/done" ]; then
+    for blr in 3.2e-2 1.6e-2 6.4e-2; do for start in shapes scratch; do detect $start 0 100 tune $blr; done; done
+fi
+if [ "$detection" ]; then
+    for scenes in 100 50 200; do for seed in 0 1 2; do
+        detect shapes $seed $scenes val $detection
+        detect scratch $seed $scenes val $scratch
+    done; done
+fi

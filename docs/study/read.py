@@ -1,6 +1,8 @@
-"""Tables of the study's runs: python docs/study/read.py runs/study NAME [NAME ...]
+"""Tables of the study's runs: python docs/study/read.py RUNS [NAME ...]
 
-A row for each NAME, with the mean (lowest to highest) of what NAME-SEED/knn.txt and the logs of fine-tuning say.
+Adds the accuracies (%) of the finished runs in RUNS, folders NAME-SEED and NAME-SEED-FINETUNING, to length.json beside
+this file. Prints one row per NAME (default: all in length.json) and one column per metric: mean (lowest to highest,
+number of seeds).
 """
 
 import json
@@ -8,33 +10,40 @@ import re
 import sys
 from pathlib import Path
 
+STORE = Path(__file__).with_name("length.json")
 
-def scores(run: Path) -> dict[str, float]:
-    """What one run left, in %: neighbours, ridge, and the last top-1 of each fine-tuning, RUN-SHARE."""
+
+def accuracies(run: Path) -> dict[str, float]:
+    """k-NN and ridge of a pre-training, on test and on held-out images, or the last top-1 of a fine-tuning."""
     found = {}
-    if (run / "knn.txt").exists():
-        percents = re.findall(r"([\d.]+)% by", (run / "knn.txt").read_text())
-        found |= dict(zip(("neighbours", "ridge"), map(float, percents), strict=True))
-    for log in run.parent.glob(f"{run.name}-*/metrics.jsonl"):
-        last = json.loads(log.read_text().splitlines()[-1])
-        if "top1" in last:  # else a pre-training that was moved aside
-            found[log.parent.name.removeprefix(f"{run.name}-")] = 100 * last["top1"]
+    for file, metrics in (("knn.txt", ("k-NN", "ridge")), ("held-out.txt", ("k-NN held out", "ridge held out"))):
+        if (run / file).exists():
+            found |= dict(zip(metrics, map(float, re.findall(r"([\d.]+)% by", (run / file).read_text())), strict=True))
+    if (run / "done").exists():
+        last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        found["top-1"] = round(100 * last["top1"], 2)
     return found
 
 
-def cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{sum(values) / len(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
-
-
 def main(folder: str, *names: str) -> None:
-    rows = {name: [scores(Path(folder, f"{name}-{seed}")) for seed in range(3)] for name in names}
-    columns = list(dict.fromkeys(column for seeds in rows.values() for found in seeds for column in found))
+    store = json.loads(STORE.read_text()) if STORE.exists() else {}
+    for run in sorted(Path(folder).iterdir()):
+        parts = re.fullmatch(r"(.+?)-([0-9])(?:-([^0-9].*))?", run.name)
+        if parts and run.is_dir():
+            name, seed, tuning = parts.groups()
+            for metric, value in accuracies(run).items():
+                store.setdefault(name, {}).setdefault(tuning or metric, {})[seed] = value
+    STORE.write_text(json.dumps(store, indent=1, sort_keys=True) + "\n")
+    columns = list(dict.fromkeys(metric for name in names or store for metric in store[name]))
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
-    for name, seeds in rows.items():
-        cells = [cell([found[column] for found in seeds if column in found]) for column in columns]
+    for name in names or store:
+        cells = []
+        for column in columns:
+            values = list(store[name].get(column, {}).values())
+            text = f"{sum(values) / len(values):.1f}" if values else ""
+            if len(values) > 1:
+                text += f" ({min(values):.1f} to {max(values):.1f}, {len(values)})"
+            cells.append(text)
         print(f"| {name} | {' | '.join(cells)} |")
 
 
