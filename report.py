@@ -108,7 +108,7 @@ def report(
 ) -> Iterator[str]:
     """Yield the page in parts: machine, training steps, `sections`, compiled steps. An error ends only its own row."""
     kind = args.device.type
-    end = time.perf_counter() + SECONDS.get(kind, 600)
+    end = time.perf_counter() + SECONDS.get(kind, 540)
     pcae, _, _, mae, simmim = eager = PRETRAINING[:5]
     compiled = [[pcae], [mae, simmim]] if kind == "cuda" or args.compile else []
     bar = tqdm(total=len(models) * (5 + 5 * bool(compiled)) + len(sections), unit=" rows", leave=False)

@@ -198,7 +198,7 @@ def load_encoder(
     `mean` and `std` (of pixels) give what a public file does not record. `log` gets one line about assumptions and one
     about matched tensors. Raises ValueError if the file is not a plain ViT or BEiT, is incomplete, or a shape differs.
     """
-    tensors, told = find_weights(checkpoint, weights), dict(mean=mean, std=std)
+    tensors = find_weights(checkpoint, weights)
     if "encoder" in checkpoint and "config" in checkpoint:  # our files record their settings
         arguments = checkpoint["encoder"]
         says = dict(mean=IMAGENET_MEAN, std=IMAGENET_STD) | arguments
@@ -209,7 +209,8 @@ def load_encoder(
     else:
         if not all(0 <= x <= 1 for x in mean or ()) or not all(0 < x <= 1 for x in std or ()):
             raise ValueError(f"expected --mean and --std of pixels in [0, 1] (divide by 255), got {mean} and {std}")
-        arguments = infer_arguments(tensors, heads, grid) | {name: value for name, value in told.items() if value}
+        statistics = {name: value for name, value in (("mean", mean), ("std", std)) if value}
+        arguments = infer_arguments(tensors, heads, grid) | statistics
         is_moco = any("base_encoder." in name for name in checkpoint.get("state_dict", ()))
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # MoCo v3's ViT-S has twice the usual number

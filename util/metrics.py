@@ -1,7 +1,7 @@
 """Training metrics, collapse diagnostics, and the evaluation of features and classifiers."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ class StepMetrics:
     def compute(self, grad_norm: Tensor) -> dict[str, float]:
         """Return all metrics by name. Only here does the host wait for the device, once per step."""
         sums = mean_over_processes(torch.cat([torch.stack([*self.scalars.values()]), *self.directions.values()]))
-        scalars, directions = sums.tensor_split([len(self.scalars)])
-        spreads = [spread(direction) for direction in directions.chunk(max(1, len(self.directions)))]
-        values = torch.stack([*scalars, *spreads[: len(self.directions)], grad_norm]).tolist()
+        scalars, *directions = sums.split([len(self.scalars), *map(len, self.directions.values())])
+        values = torch.stack([*scalars, *map(spread, directions), grad_norm]).tolist()
         return dict(zip([*self.scalars, *self.directions, "grad_norm"], values, strict=True))
 
 
@@ -69,15 +68,34 @@ def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) ->
     Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is more than a tenth below that of
     the untrained encoder. The second check starts after half of the epochs, because features can be worse at first.
     """
-    row, scores = history[-1], [row["knn"] for row in history if "knn" in row]
+    row, first = history[-1], history[0].get("knn")
     if (row.get("target_std") or 1.0) < 0.2:
         return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
-    if "knn" in row and "knn" in history[0] and 2 * row["epoch"] >= num_epochs and scores[-1] < 0.9 * scores[0]:
-        return f"features are worse than before training (k-NN accuracy {scores[-1]:.1%}, was {scores[0]:.1%})"
+    if first is not None and "knn" in row and 2 * row["epoch"] >= num_epochs and row["knn"] < 0.9 * first:
+        return f"features are worse than before training (k-NN accuracy {row['knn']:.1%}, was {first:.1%})"
     return None
 
 
+# --- every readable image, once ---------------------------------------------------------------------------------------
+
+
 @torch.no_grad()
+def outputs_of(
+    function: Callable[[Tensor], Tensor],
+    loader: DataLoader,
+    normalize: nn.Module,
+    precision: str,
+    world: World,
+    num_batches: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield `function` of each batch of this process in float32 on the CPU, labels, and which images were readable."""
+    chosen = itertools.islice(batches(loader), num_batches)
+    for images, labels, readable in tqdm(chosen, "evaluating", len(loader), leave=False, disable=world.hides_bars):
+        with autocast(world.device, precision):
+            outputs = function(normalize(images)).float().cpu()
+        yield outputs, labels, readable
+
+
 def predict(
     function: Callable[[Tensor], Tensor],
     loader: DataLoader,
@@ -91,10 +109,7 @@ def predict(
     Each process computes its shard, or `num_batches` batches of it, and gets the results of all processes.
     """
     results: list[tuple[Tensor, Tensor, int]] = []
-    chosen = itertools.islice(batches(loader), num_batches)
-    for images, labels, readable in tqdm(chosen, "evaluating", len(loader), leave=False, disable=world.hides_bars):
-        with autocast(world.device, precision):
-            outputs = function(normalize(images)).float().cpu()
+    for outputs, labels, readable in outputs_of(function, loader, normalize, precision, world, num_batches):
         results.append((outputs[readable], labels[readable], len(labels)))
     *parts, counts = zip(*gather_lists(results), strict=True)
     outputs, labels = map(torch.cat, parts)
@@ -104,7 +119,6 @@ def predict(
     return outputs, labels
 
 
-@torch.no_grad()
 def feature_statistics(
     function: Callable[[Tensor], Tensor],
     loader: DataLoader,
@@ -115,10 +129,8 @@ def feature_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Return mean and variance (D,) of the features `function` (B, D) of all readable images, in float64."""
     sums = 0  # of ones, features and their squares: (3, D)
-    chosen = itertools.islice(batches(loader), num_batches)
-    for images, _, readable in tqdm(chosen, "statistics", len(loader), leave=False, disable=world.hides_bars):
-        with autocast(world.device, precision):
-            features = function(normalize(images)).cpu().double()[readable]
+    for outputs, _, readable in outputs_of(function, loader, normalize, precision, world, num_batches):
+        features = outputs[readable].double()
         sums = sums + torch.stack([torch.ones_like(features), features, features.square()]).sum(dim=1)
     count, mean, square = sum(gather_lists([sums]))
     return mean / count, square / count - (mean / count).square()

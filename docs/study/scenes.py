@@ -20,6 +20,7 @@ for part, name, length in (("train", "train", count), ("val", split, 300)):
     content["images"] = [some | dict(id=some["id"] + i * length) for i in copies for some in images]
     content["annotations"] = [
         some | dict(id=some["id"] + i * len(annotations), image_id=some["image_id"] + i * length)
-        for i in copies for some in annotations
-    ]  # fmt: skip
+        for i in copies
+        for some in annotations
+    ]
     (folder / "annotations" / f"instances_{part}2017.json").write_text(json.dumps(content))
