@@ -79,7 +79,9 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
-    training.add_flags(add, epochs=10, batch_size=64, blr=4e-3, warmup="10 %% of the epochs", drawn=drawn)
+    training.add_flags(add, epochs=10, batch_size=64, blr=8e-3, warmup="10 %% of the epochs", drawn=drawn)
+    steps = "use each image several times per epoch, for about N steps in all (default: 2000 with --label-fraction)"
+    add("--min-steps", type=int, metavar="N", help=steps)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
     add("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
     add("--smoothing", type=training.ratio, default=0.1, help="label smoothing")
@@ -159,7 +161,10 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch, accumulate = training.batch_sizes(batch_size, args.micro_batch, world)
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
-    views = data.training_views(train, size, args.min_crop, augment=augment, **options)
+    min_steps = args.min_steps if args.min_steps is not None else 2000 * (args.label_fraction < 1)
+    repeats = max(1, round(min_steps / (args.epochs * (len(train) // batch_size))))
+    repeated = data.subset(train, [*range(len(train))] * repeats) if repeats > 1 else train
+    views = data.training_views(repeated, size, args.min_crop, augment=augment, **options)
     loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)
     val = data.validation_images(args.data, args.data_root, size, None, args.download, train.classes)
     scoring = dict(batch_size=min(256, args.micro_batch or 256), workers=args.workers, world=world)
@@ -196,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
         print(f"device  {world.describe()}")
-        print(f"data    {args.data}: {data.describe(train)}, {len(val):,} validation images")
+        print(f"data    {args.data}: {data.describe(train)}, {repeats} x per epoch; {len(val):,} validation images")
         print(f"model   {encoder.describe()}; {model.pool} pooling; class token + {' '.join(map(str, counts))}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
         print(f"to continue after an interruption: python finetune.py --resume {shlex.quote(args.out)}")

@@ -224,11 +224,15 @@ def test_steps_that_are_not_finite(tmp_path, folder):
 
 
 def test_few_labels(tmp_path, folder):
-    """A quarter of each class; the batch is at most as large, also when the same command resumes."""
+    """A quarter of each class, a batch of at most as many images, and passes over them as --min-steps asks.
+
+    The same command resumes.
+    """
     settings = SCRATCH | dict(data=folder, label_fraction=0.25)
-    checkpoint = train("finetune", tmp_path, **settings)
-    assert (checkpoint["num_images"], checkpoint["step"], checkpoint["classes"]) == (12, 2, NAMES)
-    train("finetune", tmp_path, resume=True, **settings)
+    for min_steps, steps in ((6, 6), (0, 2)):
+        checkpoint = train("finetune", tmp_path / str(min_steps), **settings, min_steps=min_steps)
+        assert (checkpoint["num_images"], checkpoint["step"], checkpoint["classes"]) == (12, steps, NAMES)
+        train("finetune", tmp_path / str(min_steps), resume=True, **settings, min_steps=min_steps)
 
 
 @pytest.mark.parametrize("by", ["mean", "class"])
