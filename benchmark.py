@@ -52,8 +52,10 @@ device."""
 
 
 def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None) -> tuple[float, str]:
-    """Return images/s and the cells "images/s | speed | by MACs | poster | of peak"; `steps` and `macs` are of the
-    first row and this row."""
+    """Return images/s and the cells "images/s | speed | by MACs | poster | of peak" of a row.
+
+    `steps` and `macs` are those of the table's first row and of this row; `poster` is the poster's speed, if any.
+    """
     size = 1024 if args.device.type == "cpu" else 8192
     a = torch.randn(size, size, device=args.device)
     with training.autocast(args.device, args.precision):
@@ -119,6 +121,7 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
 
 
 def pretraining(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the rows of Table 4 of the poster, and of the decoders that its comparison leaves open."""
     yield from training_table(args, "one step of each method", PRETRAINING)
     yield """
 The poster's numbers are for ViT-B/16 at 224 pixels. MAE's decoder has 8 blocks. The poster does not state PCAE's
@@ -127,6 +130,7 @@ blocks in both, and with 8 in both."""
 
 
 def ablations(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the rows of Tables 6 and 7 of the poster: schedules of PTR."""
     yield from training_table(args, "stages x drop ratio", ABLATIONS)
     yield "\nThe first row is the paper's setting. The poster does not state the number of epochs of these GPU days."
 
@@ -216,12 +220,12 @@ def main(argv: list[str] | None = None) -> None:
     )
     add("section", nargs="?", default="all", choices=("all", *SECTIONS), help="tables to measure")
     add("--model", choices=MODELS, help=f"size of the encoder (default: {usual})")
-    add("--image-size", type=int, default=224, help="side of an image in pixels")
-    add("--patch-size", type=int, default=16, help="side of a patch in pixels")
+    add("--image-size", type=int, default=224, help="height and width in pixels")
+    add("--patch-size", type=int, default=16, help="patch side in pixels")
     add("--decoder-dim", type=int, help="decoder width (default: two thirds of the encoder's, at most 512)")
     add("--batch-size", type=int, help=batch)
-    add("--rounds", type=int, default=3, help="timed steps per row, after one to warm up")
-    add("--compile", action="store_true", help="torch.compile the models: minutes per row")
+    add("--rounds", type=int, default=3, help="timed steps per row, after one untimed")
+    add("--compile", action="store_true", help="compile the models with torch.compile, which takes minutes per row")
     add("--markdown", metavar="FILE", help="also write the tables to this file")
     add("--report", metavar="FILE", help=page)
     runs.add_device_flags(add)

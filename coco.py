@@ -74,7 +74,7 @@ class CocoDetection(Dataset):
         return image, dict(boxes=boxes[solid], labels=labels, masks=masks, image_id=info["id"])
 
     def use_categories(self, categories: list[tuple[int, str]]) -> None:
-        """Number the labels by the categories (id, name) of the training set."""
+        """Number the labels by the categories (id, name) of the training set. Unknown categories end the script."""
         unknown = set(self.categories) - set(categories)
         if unknown:
             raise SystemExit(f"error: --data: {self.folder} has categories that are not in the training set: {unknown}")
@@ -154,7 +154,7 @@ def check_units(annotations: list[dict[str, Any]]) -> None:
 
 
 def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of `split`, train or val."""
+    """Return the image folder and the annotation file of `split`, train or val. Ends the script if not one each."""
     files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
     images = [folder / file.stem.removeprefix("instances_") for file in files]
     if len(files) != 1 or not images[0].is_dir():
@@ -171,7 +171,10 @@ NUM_SCENES = dict(train=400, val=100)  # --limit may raise the number for traini
 
 
 def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = None) -> Path:
-    """Write scenes of `shapes` to a folder below `root`, unless it exists, and return the folder."""
+    """Write synthetic scenes of `image_size` (H, W) in COCO's format to a folder below `root`, unless it exists.
+
+    Writes 100 scenes to validate, and 400 to train, or `limit` if it is larger. Returns the folder.
+    """
     lengths = NUM_SCENES | dict(train=max(limit or 0, NUM_SCENES["train"]))
     folder = root / f"shapes-{image_size[0]}x{image_size[1]}-{lengths['train']}-{lengths['val']}"
     root.mkdir(parents=True, exist_ok=True)
@@ -331,7 +334,7 @@ class DetectionViews(Views):
 
 
 def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]) -> list[dict[str, Any]]:
-    """Convert the objects found in one image to COCO's result format."""
+    """Convert the objects that `Detector` found in one image to rows of COCO's result format, with boxes and masks."""
     boxes = box_convert(found["boxes"], "xyxy", "xywh").tolist()
     rows = zip(boxes, found["labels"].tolist(), found["scores"].tolist(), found["masks"], strict=True)
     return [
@@ -349,9 +352,9 @@ def coco_results(found: Target, image_id: int, categories: list[tuple[int, str]]
 def average_precision(
     images: CocoDetection, results: list[dict[str, Any]], image_ids: list[int], show: bool = False
 ) -> dict[str, float]:
-    """Return `box_ap`, `box_ap50`, ..., `mask_ap75` of `image_ids` in [0, 1], -1 without objects. `show` prints more.
+    """Evaluate `results` on the images `image_ids` by COCO's own evaluation. `show` prints its tables.
 
-    Uses COCO's own evaluation.
+    Returns `box_ap`, `box_ap50`, `box_ap75`, `mask_ap`, `mask_ap50`, `mask_ap75` in [0, 1], or -1 without any object.
     """
     scores = {}
     for name, kind in (("box", "bbox"), ("mask", "segm")):

@@ -39,42 +39,41 @@ NAMED = SETS | {"a folder": FOLDER}
 NUM_SHAPES = dict(train=10_000, val=2_000)
 
 
-def add_flags(add: Callable[..., Any], size_of: str = "") -> None:
-    """Add the flags about images; `size_of` says where the default size is from, if not from the data.
+def add_flags(add: Callable[..., Any], *, limited: str, size_of: str = "", before: str = "") -> None:
+    """Add the flags about images. `fill_in` completes flags that are None by default.
 
-    `fill_in` completes flags that are None by default.
+    For the help texts: `limited` says what `--limit` limits, `size_of` and `before` what overrides the defaults.
     """
     sizes = size_of or ", ".join(f"{name}: {usual['image_size'][0]}" for name, usual in NAMED.items())
-    add("--data", default="shapes", help=f"{', '.join(SETS)}, or a folder with image files")
-    add(
-        "--data-root",
-        default="data",
-        metavar="FOLDER",
-        help="folder with torchvision's data sets (mnist, cifar10, ...)",
-    )
-    add("--download", action="store_true", help="download a missing data set by torchvision")
-    add("--limit", type=positive, metavar="N", help="use only N images to train, fit or evaluate on (default: all)")
-    add(
-        "--image-size",
-        type=int,
-        nargs="+",
-        metavar="PIXELS",
-        help=f"height and width in pixels, or one number for both (default: {sizes})",
-    )
-    add("--workers", type=int, help="loader processes per training process (default: one per core, at most 8)")
+    size = f"height and width in pixels, or one number for both (default: {sizes})"
+    root = f"folder with torchvision's data sets (mnist, cifar10, ...) (default: {before}data)"
+    sets = f"{', '.join(SETS)}, or a folder with image files (default: {before}shapes)"
+    add("--data", default="shapes", metavar="NAME", help=sets)
+    add("--data-root", default="data", metavar="FOLDER", help=root)
+    add("--download", action="store_true", help="let torchvision download the data set if it is missing")
+    add("--limit", type=positive, metavar="N", help=f"use only N images, chosen at random, {limited} (default: all)")
+    add("--image-size", type=int, nargs="+", metavar="PIXELS", help=size)
+    add_workers_flag(add)
+
+
+def add_workers_flag(add: Callable[..., Any]) -> None:
+    """Add `--workers`."""
+    text = "processes that load data, per training process; 0: load in the training process"
+    add("--workers", type=int, metavar="N", help=f"{text} (default: one per core, at most 8)")
 
 
 def add_view_flags(add: Callable[..., Any]) -> None:
     """Add the flags about random views of training images."""
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
-    add("--min-crop", type=float, help=f"smallest area of a random crop, as a fraction; 1: no crops (default: {crops})")
+    crop = f"smallest area of a random crop, as a fraction of the image; 1: no crops, no mirroring (default: {crops})"
+    add("--min-crop", type=float, metavar="FRACTION", help=crop)
     add_flip_flag(add)
 
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
-    """Add `--flip`, a flag of all three training scripts."""
-    text = "mirror training images left to right with probability 0.5 (pretrain.py, finetune.py: not at --min-crop 1)"
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help=text)
+    """Add `--no-flip`, a flag of all three training scripts."""
+    text = "never mirror training images (default: left to right with probability 0.5)"
+    add("--no-flip", dest="flip", action="store_false", help=text)
 
 
 def fill_in(args: argparse.Namespace) -> None:
@@ -139,7 +138,7 @@ def at_most(images: Dataset, limit: int | None) -> Dataset:
 
 
 def few_labels(images: Dataset, fraction: float, seed: int) -> Dataset:
-    """Return a random `fraction` of each class, at least one image.
+    """Return a random `fraction` of the images of each class, at least one per class.
 
     The same seed gives the same images, and a smaller subset is part of a larger one.
     """
@@ -181,7 +180,11 @@ def sides(image_size: list[int]) -> tuple[int, int]:
 
 
 def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) -> Callable[[Tensor], Tensor]:
-    """Build the view: random crop of at least `min_crop` of the area, resized to `size`, mirrored; 1: no crop."""
+    """Build the view of pre-training: uint8 (C, H, W) of any size -> uint8 (C, *size).
+
+    A random crop of at least the fraction `min_crop` of the area is resized and, if `flip`, mirrored with probability
+    0.5. With `min_crop` 1, the view is the centre of the image, never mirrored.
+    """
     if min_crop == 1:
         return CenterView(size)
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
@@ -206,7 +209,7 @@ class RandomErasing(v2.RandomErasing):
 
 
 def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], Tensor]]:
-    """Build two operations of RandAugment at a strength of 0 (off) to 10, then RandomErasing."""
+    """Build two operations of RandAugment at a strength of 1 to 10, then RandomErasing with a probability; 0: off."""
     steps = []
     if rand_augment:
         grey = [round(255 * mean) for mean in IMAGENET_MEAN]
@@ -241,7 +244,7 @@ class Views(Dataset):
         return in_channels(image, self.channels), label, readable
 
     def show(self, image: Tensor, label: Any) -> tuple[Tensor, Any]:
-        """Return the view of an image and its label, which detection changes as well."""
+        """Return the view of an image, and its label unchanged. `coco.DetectionViews` overrides this for both."""
         return self.view(image), label
 
     def read(self, index: int) -> tuple[Tensor, int, bool]:
@@ -268,7 +271,10 @@ def training_views(
     device: torch.device,
     augment: list[Callable[[Tensor], Tensor]] | None = None,
 ) -> Views | BatchViews:
-    """Build random crops, resized to `size` (H, W), mirrored, augmented; in-memory images as batches on `device`."""
+    """Build the training views: `pretraining_view`, then `augment`. In-memory images without `augment` become batches.
+
+    `channels` is 1 (grey) or 3. Batches of views are made on `device`.
+    """
     if isinstance(images, InMemory) and not augment:
         return BatchViews(images, size, min_crop, flip=flip, channels=channels, seed=seed, device=device)
     view = v2.Compose([pretraining_view(size, min_crop, flip), *(augment or [])])
@@ -336,7 +342,7 @@ def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **opti
 
 
 def normalize_for(encoder: ViT) -> "Normalize":
-    """Build the normalisation of pixels that an encoder expects."""
+    """Build the normalisation with the channels, mean and standard deviation that an encoder expects."""
     return Normalize(*(encoder.arguments[name] for name in ("channels", "mean", "std")))
 
 

@@ -71,41 +71,52 @@ FROM_CHECKPOINT += ptr.FLAG_GROUPS
 def arguments() -> argparse.ArgumentParser:
     """Build the parser."""
     parser = runs.flag_parser(__doc__)
-    parser.add_argument(
-        "--eval", metavar="FILE", help="only evaluate this checkpoint at each --drop-ratio, with its settings"
-    )
+    parser.add_argument("--eval", metavar="FILE", help="only evaluate this checkpoint of detect.py, with its settings")
     runs.add_flags(parser, RECIPES, out="runs/detect", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument
     sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder like COCO's"
     add("--data", default="shapes", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help="folder of coco and of the synthetic scenes")
-    add("--limit", type=int, metavar="N", help="use N images to train and N to test (default: all; shapes: 400, 100)")
-    add("--workers", type=int, help="processes that load data (default: one per core, up to 8)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="use only N images to train on and N to test (default: all; shapes: 400, 100)",
+    )
+    data.add_workers_flag(add)
     sides = "shorter side in pixels; of several, training draws one per image and evaluation uses the last"
     add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help=sides)
     add("--long-side", type=int, default=160, help="maximum of the longer side in pixels")
-    add("--crop-ratio", type=training.ratio, default=0.0, help="fraction of the images to crop as in DETR (default: 0)")
+    add("--crop-ratio", type=training.ratio, default=0.0, help="fraction of the training images to crop as in DETR")
     data.add_flip_flag(add)
 
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
     add("--patch-size", type=int, default=4, help="patch side in pixels, a power of 2, for --init none")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth (drop path; default: 0)")
-    add("--channels", type=int, default=64, help="channels of the pyramid and the heads")
-    add("--anchor", type=int, default=16, help="side of the smallest anchors in pixels; doubles from level to level")
+    drop_path = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
+    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    add("--channels", type=int, default=64, help="channels of the feature pyramid and of the heads")
+    add(
+        "--anchor",
+        type=int,
+        default=16,
+        help="side in pixels of the anchors of the finest level; each next level doubles it",
+    )
     add("--rois", type=int, default=32, help="RoIs sampled per image in training")
     add("--proposals", type=int, default=100, help="RPN proposals kept in evaluation; twice as many in training")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    ratios = "fraction of the patch tokens that each PTR stage drops; several only with --eval"
+    ratios = (
+        "fraction of the patch tokens that PTR drops at each stage; with --eval several (default: the file's, else 0)"
+    )
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
-    ptr.add_flags(add)
+    ptr.add_flags(add, before="that of --eval, else ")
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, image sizes, RoIs, the random criterion"
     training.add_flags(add, epochs=12, batch_size=8, blr=3.2e-2, warmup="4 %% of the epochs", drawn=drawn)
-    add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
+    add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
     return parser
 
 
@@ -182,7 +193,10 @@ def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
 
 
 def build_detector(args: argparse.Namespace, encoder: ViT, num_classes: int, learned_positions: bool) -> Detector:
-    """Build the detector of the flags. Raises ValueError if the patch size is not a power of 2."""
+    """Build the detector that the flags describe. Raises ValueError if the patch size is not a power of 2.
+
+    `learned_positions`: resize and train the encoder's positions, instead of computing sine-cosine ones for each image.
+    """
     backbone = ViTPyramid(encoder, args.channels, learned_positions=learned_positions)
     options = {name: getattr(args, name) for name in ("short_side", "long_side", "anchor", "rois", "proposals")}
     return Detector(backbone, num_classes, **options)
@@ -198,7 +212,7 @@ def reductions(args: argparse.Namespace, encoder: ViT) -> list[PTR]:
 
 
 def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detector:
-    """Build the detector of a checkpoint of this script, with the settings in `args`."""
+    """Build the detector of a checkpoint of this script, with the settings in `args`. Other files end the script."""
     if "learned_positions" not in checkpoint:
         raise SystemExit("error: expected a checkpoint of detect.py, got another file")
     encoder = beit.build_encoder(checkpoint["encoder"], args.drop_path)
@@ -224,7 +238,10 @@ def scoring_loader(images: CocoDetection, channels: int, workers: int | None, wo
 def find_objects(
     model: Detector, loader: DataLoader, reduction: PTR, precision: str, world: training.World
 ) -> tuple[list[dict[str, Any]], list[int]]:
-    """Return the objects found in all readable images, in COCO's result format, and the ids of these images."""
+    """Return the objects found in all readable images, in COCO's result format, and the ids of these images.
+
+    Each process computes its shard and gets the results of all processes.
+    """
     model.eval()
     results, seen = [], []
     for batch in tqdm(training.batches(loader), "evaluating", len(loader), leave=False, disable=world.hides_bars):

@@ -34,28 +34,37 @@ def arguments() -> argparse.ArgumentParser:
     knn = "evaluate frozen features by k-NN (K, 20 if left out) and a ridge-regression probe"
     parser.add_argument("--knn", type=training.positive, nargs="?", const=20, metavar="K", help=knn)
 
-    add = parser.add_argument_group("data (--data and --data-root: the checkpoint's unless given)").add_argument
-    data.add_flags(add, size_of="that of FILE")
+    add = parser.add_argument_group("data").add_argument
+    limited = "of the test set, or with --knn of the training set"
+    before = "the checkpoint's, else "
+    data.add_flags(add, limited=limited, size_of="that of FILE", before=before)
     order = "order of a public file's classes if the class folders are numbers: by name (10 before 2) or by number"
     add("--class-order", default="name", choices=("name", "number"), help=order)
 
     add = parser.add_argument_group("model").add_argument
     weights.add_file_flags(add)
-    add("--pool", choices=weights.POOLS, help="mean patch token or class token (default: the file's; with --knn: mean)")
+    add(
+        "--pool",
+        choices=weights.POOLS,
+        help="mean of the patch tokens, or class token (default: the file's; with --knn: mean)",
+    )
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    ratios = "fractions of tokens that each stage drops, one row each; a classifier's own ratio replaces the default"
+    ratios = "fractions of the tokens that PTR drops at each stage, one row each (default: a classifier's own, else 0)"
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
-    ptr.add_flags(add)
+    ptr.add_flags(add, before="the classifier's, else ")
 
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=int, default=256, help="images at once per process")
+    add("--batch-size", type=int, default=256, help="images per forward pass and process")
     runs.add_device_flags(add)
     return parser
 
 
 def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size: tuple[int, int]) -> Dataset:
-    """Return the validation images, labelled in the order of the classifier's classes."""
+    """Return validation images of `size` (H, W), with labels in the order of the classifier's classes.
+
+    A public file does not record its classes: assumes the order of the class folders, and warns if it is ambiguous.
+    """
     options = dict(limit=args.limit, download=args.download)
     known = checkpoint.get("classes")  # None for a public file: assumed to be the data's, in order
     val = data.validation_images(args.data, args.data_root, size, **options, classes=known)
@@ -101,7 +110,10 @@ def evaluate_classifier(
 def evaluate_features(
     encoder: ViT, loaders: list[DataLoader], reductions: list[PTR], args: argparse.Namespace, world: training.World
 ) -> None:
-    """Print accuracies of k-NN and ridge regression on pooled tokens. `loaders`: images to fit, images to test."""
+    """Print the accuracies of k-NN and ridge regression on pooled tokens, one line per reduction.
+
+    `loaders`: labelled images to fit, images to test.
+    """
     by, normalize = args.pool or "mean", data.normalize_for(encoder).to(world.device)
     for reduction in reductions:
 

@@ -61,34 +61,45 @@ def arguments() -> argparse.ArgumentParser:
     runs.add_flags(parser, RECIPES, out="runs/finetune", files="args.json, metrics.jsonl, last.pt, best.pt")
 
     add = parser.add_argument_group("data").add_argument
-    data.add_flags(add, size_of="that of --init, or of the data")
+    data.add_flags(add, limited="to train on", size_of="that of --init, or of the data")
     data.add_view_flags(add)
-    add("--label-fraction", type=training.ratio, default=1.0, help="fraction of the labelled images to use, per class")
+    fraction = "fraction of the labelled training images to use, per class"
+    add("--label-fraction", type=training.ratio, default=1.0, metavar="FRACTION", help=fraction)
 
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
     add("--patch-size", type=int, help="patch side in pixels, for --init none (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey, for --init none (default: as the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth (drop path; default: 0)")
-    add("--pool", default="mean", choices=weights.POOLS, help="input of the head: mean patch token or class token")
-    add("--linear-probe", action="store_true", help="train only a linear layer on standardised features")
+    drop_path = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
+    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    add(
+        "--pool",
+        default="mean",
+        choices=weights.POOLS,
+        help="input of the linear head: mean of the patch tokens, or class token",
+    )
+    add(
+        "--linear-probe",
+        action="store_true",
+        help="train only a linear layer, on standardised features of the frozen encoder",
+    )
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
-    add("--drop-ratio", type=float, default=0.0, help="fraction of tokens that each stage drops (default: 0)")
+    add("--drop-ratio", type=float, default=0.0, help="fraction of the tokens that PTR drops at each stage")
     ptr.add_flags(add)
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
     training.add_flags(add, epochs=10, batch_size=64, blr=8e-3, warmup="10 %% of the epochs", drawn=drawn)
-    steps = "use each image several times per epoch, for about N steps in all (default: 2000 with --label-fraction)"
+    steps = "repeat the images within an epoch, for about N steps in all (default: 2000 with --label-fraction, else 0)"
     add("--min-steps", type=int, metavar="N", help=steps)
-    add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay")
-    add("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
+    add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
+    add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
     add("--smoothing", type=training.ratio, default=0.1, help="label smoothing")
-    add("--rand-augment", type=int, default=0, help="strength of RandAugment, 1 to 10; 0: off (default)")
-    add("--erasing", type=training.ratio, default=0.0, help="probability of RandomErasing, with noise (default: 0)")
-    add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: off (default). With CutMix: one per micro-batch")
-    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off (default)")
+    add("--rand-augment", type=int, default=0, help="strength of RandAugment, 1 to 10; 0: off")
+    add("--erasing", type=training.ratio, default=0.0, help="probability of RandomErasing, filled with noise")
+    add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: off. With --cutmix, each forward pass draws one")
+    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off")
     return parser
 
 
@@ -98,7 +109,9 @@ def build_encoder(
     checkpoint: dict[str, Any] | None = None,
     is_main: bool = True,
 ) -> ViT:
-    """Build the encoder of the run to resume, of `--init` (for images of its own size or `asked_size`), or a new one.
+    """Build the encoder: of `checkpoint`, the run to resume; else of the file `--init`; else, with none, a new one.
+
+    An encoder of `--init` is resized to `asked_size` ([H, W] or [side]) if given. Only the main process prints.
 
     Raises ValueError if the file or the sizes do not fit.
     """

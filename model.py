@@ -113,7 +113,7 @@ class PCAE(nn.Module):
 
 
 def count_visible(num_patches: int, mask_ratio: float) -> int:
-    """Return the number of visible patches, floor(N (1 - mask_ratio)). ValueError unless in 1 to N - 1."""
+    """Return the number of visible patches, floor(N (1 - mask_ratio)). Raises ValueError unless 1 to N - 1."""
     num_visible = num_kept(num_patches, mask_ratio) if 0 <= mask_ratio < 1 else 0
     if not 0 < num_visible < num_patches:
         raise ValueError(
@@ -142,7 +142,10 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """A few narrow blocks that predict `out_dim` numbers at queried positions from the student's tokens."""
+    """Transformer that predicts `out_dim` numbers per queried patch from the student's tokens of width `encoder_dim`.
+
+    Raises ValueError if `heads` do not divide its width `dim`.
+    """
 
     def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
         super().__init__()
@@ -183,7 +186,10 @@ class Encoded(NamedTuple):
 
 
 class ViT(nn.Module):
-    """Vision transformer that encodes any subset of the patches, with or without class token, with or without PTR."""
+    """Vision transformer that encodes any subset of the patches, with or without class token, with or without PTR.
+
+    Raises ValueError if sizes do not fit together.
+    """
 
     def __init__(
         self,
@@ -220,7 +226,7 @@ class ViT(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def describe(self) -> str:
-        """Describe the size in words."""
+        """Describe the number of parameters and patches."""
         parameters = sum(parameter.numel() for parameter in self.parameters()) / 1e6
         return f"{parameters:.1f} M parameters, {self.num_patches} patches"
 
@@ -243,7 +249,10 @@ class ViT(nn.Module):
         ptr: PTR = NO_PTR,
         taps: Collection[int] = (),
     ) -> Encoded:
-        """Encode patches `patch_ids` (B, n; default: all) of images (B, C, H, W), with PTR; also return `taps`."""
+        """Encode the patches `patch_ids` (B, n; default: all) of images (B, C, H, W), with PTR if given.
+
+        `taps` lists blocks (0-based) whose output is also returned, as `tapped`.
+        """
         if patch_ids is None:
             patch_ids = torch.arange(self.num_patches, device=images.device).expand(len(images), -1)
         x = self.embed(images, patch_ids, class_token)
@@ -259,7 +268,10 @@ class ViT(nn.Module):
         taps: Collection[int] = (),
         grid: tuple[int, int] | None = None,
     ) -> Encoded:
-        """Run the blocks on tokens (B, num_prefix + n, D) of patches `patch_ids` (B, n) of `grid` (default: own)."""
+        """Run the blocks on tokens (B, num_prefix + n, D) of the patches `patch_ids` (B, n); `ptr`, `taps`: see above.
+
+        `grid` (rows, columns) is that of the images, if it differs from the encoder's own (detection).
+        """
         tapped = {}
         for i, block in enumerate(self.blocks):
             x = block(x, self.attention_bias(block, patch_ids, num_prefix, grid or self.grid))
@@ -330,7 +342,7 @@ class Classifier(nn.Module):
 
 
 def grid_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Return rows and columns of patches of an image (H, W)."""
+    """Return rows and columns of patches of an image (H, W). Raises ValueError unless `patch_size` divides both."""
     height, width = image_size
     if patch_size < 1 or height < 1 or width < 1 or height % patch_size or width % patch_size:
         raise ValueError(f"the image size {height} x {width} is not a positive multiple of the patch size {patch_size}")
@@ -341,7 +353,7 @@ def sincos_position_embedding(dim: int, grid: tuple[int, int]) -> Tensor:
     """Return 2-D sine-cosine positions (1, 1 + rows * columns, dim): zeros for the class token, then row-major patches.
 
     As in MAE: the first half of the channels encodes the column, the second the row, each as sin then cos of
-    position / 10000^(k / (dim / 4)).
+    position / 10000^(k / (dim / 4)), k = 0, ..., dim / 4 - 1. Raises ValueError unless 4 divides `dim`.
     """
     if dim % 4:
         raise ValueError(f"the width {dim} is not a multiple of 4, which sine-cosine positions need")
@@ -376,6 +388,8 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention of tokens (B, n, D). `bias` (B, heads, n, n) is added to the attention scores."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -389,6 +403,8 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
+    """Two linear layers with GELU between them, on each token of (B, n, D)."""
+
     def __init__(self, dim: int, hidden: int):
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)

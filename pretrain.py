@@ -62,40 +62,36 @@ def arguments() -> argparse.ArgumentParser:
     runs.add_flags(parser, RECIPES, out="runs/pretrain", files="args.json, metrics.jsonl, last.pt")
 
     add = parser.add_argument_group("data").add_argument
-    data.add_flags(add)
+    data.add_flags(add, limited="to train on")
     data.add_view_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder")
     add("--patch-size", type=int, help="patch side in pixels (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: as the data are)")
-    add("--drop-path", type=training.ratio, default=0.0, help="stochastic depth of the student (default: 0)")
-    add("--decoder-dim", type=int, default=64, help="decoder width")
-    add("--decoder-depth", type=int, default=1, help="decoder blocks")
-    add("--decoder-heads", type=int, default=4, help="attention heads of the decoder")
+    drop_path = "stochastic depth of the student: probability to skip a branch of its last block (less below)"
+    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    add("--decoder-dim", type=int, default=64, help="width of the decoder")
+    add("--decoder-depth", type=int, default=1, help="number of blocks of the decoder")
+    add("--decoder-heads", type=int, default=4, help="number of attention heads of the decoder")
 
     add = parser.add_argument_group("method").add_argument
-    add(
-        "--method",
-        default="pcae",
-        choices=MEANINGLESS,
-        help="pre-training method (the default --blr is tuned for pcae)",
-    )
+    add("--method", default="pcae", choices=MEANINGLESS, help="pre-training method; --blr 0.008 is tuned for pcae")
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
-    add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that each PTR stage drops (pcae)")
+    add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that PTR drops at each stage (pcae)")
     ptr.add_flags(add)
-    add("--ema", type=training.ratio, help="start of the teacher momentum, rises to 1 (pcae; default: 1 - 30 / steps)")
+    add(
+        "--ema",
+        type=training.ratio,
+        help="teacher momentum of the first step; rises to 1 (pcae) (default: 1 - 30 / steps)",
+    )
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, the random criterion"
     training.add_flags(add, epochs=20, batch_size=64, blr=8e-3, warmup="15 %% of the epochs", drawn=drawn)
-    add("--compile", action="store_true", help="torch.compile the model: slow start, faster steps")
-    add(
-        "--knn-every",
-        type=int,
-        metavar="N",
-        help="evaluate frozen features every N epochs; 0: never (default: 5 for named sets, 0 for a folder)",
-    )
+    add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
+    knn = "evaluate frozen features by k-NN and a ridge-regression probe every N epochs; 0: never"
+    add("--knn-every", type=int, metavar="N", help=f"{knn} (default: 5; a folder: 0)")
     return parser
 
 
@@ -113,7 +109,10 @@ def build_model(args: argparse.Namespace) -> PCAE | MAE | SimMIM:
 
 
 def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataLoader]:
-    """Build loaders of labelled training images, to fit and to test probes. The validation set stays unseen."""
+    """Build two loaders of up to 7,000 labelled training images: 5/7 to fit probes, 2/7 to test them.
+
+    The validation set is not used.
+    """
     size, limit = data.sides(args.image_size), min(7000, args.limit or 7000)
     images = data.labelled_images(args.data, args.data_root, size, limit)
     order = torch.randperm(len(images), generator=training.generator("probe")).tolist()

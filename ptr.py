@@ -44,7 +44,10 @@ PLACEMENTS = ("start", "late", "front")
 
 @dataclass(frozen=True)
 class PTR:
-    """Schedule: drop the fraction `drop_ratio` of tokens after each of `blocks` (0-based). The default drops none."""
+    """Schedule: drop the fraction `drop_ratio` of tokens after each of `blocks` (0-based). The default drops none.
+
+    `criterion` is a name in CRITERIA. Raises ValueError for a ratio outside [0, 1) and for repeated or negative blocks.
+    """
 
     blocks: tuple[int, ...] = ()
     drop_ratio: float = 0.0
@@ -95,7 +98,7 @@ def drop_tokens(
 
 
 def drop_blocks(depth: int, stages: int, at: str = "start") -> tuple[int, ...]:
-    """Return the blocks (0-based) after which tokens are dropped. ValueError for invalid arguments.
+    """Return the blocks (0-based) after which tokens are dropped. Raises ValueError for invalid arguments.
 
     `start`: the first block of each of `stages` equal parts, floor(i L / S): 0, 4, 8 for L = 12, S = 3 (the paper's).
     `late`: the last block of each part: 3, 7, 11. `front`: the first blocks: 0, 1, 2.
@@ -134,20 +137,19 @@ def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
 FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop_ratio",))
 
 
-def add_flags(add: Callable[..., Any]) -> None:
-    """Add the flags about where and which tokens are dropped. Each script adds its own `--drop-ratio`."""
+def add_flags(add: Callable[..., Any], before: str = "") -> None:
+    """Add the flags about where and which tokens are dropped. Each script adds its own `--drop-ratio`.
+
+    `before` names a source that overrides the defaults, for the help texts: "the checkpoint's, else ".
+    """
+    stages = f"number of times that PTR drops tokens, evenly spread over the blocks (default: {before}3)"
     at = "drop after the first block of each stage (start), after its last (late), or after the first blocks (front)"
-    add("--drop-stages", type=int, default=3, help="number of stages, at each of which PTR drops tokens")
-    add("--drop-at", default="start", choices=PLACEMENTS, help=at)
-    add(
-        "--drop-blocks",
-        type=int,
-        nargs="*",
-        metavar="BLOCK",
-        help="0-based blocks to drop after, instead of --drop-stages and --drop-at",
-    )
+    blocks = "0-based blocks to drop after, instead of --drop-stages and --drop-at"
     criterion = "drop the most redundant tokens (similarity), any (random), or the least redundant (reverse)"
-    add("--criterion", default="similarity", choices=CRITERIA, help=criterion)
+    add("--drop-stages", type=int, default=3, metavar="N", help=stages)
+    add("--drop-at", default="start", choices=PLACEMENTS, help=f"{at} (default: {before}start)")
+    add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help=blocks)
+    add("--criterion", default="similarity", choices=CRITERIA, help=f"{criterion} (default: {before}similarity)")
 
 
 def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:

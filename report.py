@@ -36,7 +36,10 @@ PRETRAINING = [
 
 
 def build(args: argparse.Namespace, method: type, mask: float, depth: int, schedule: tuple[int, float]) -> nn.Module:
-    """Return the networks of a method. The decoder's heads have width 32, as in MAE."""
+    """Build the networks of a method: `mask` ratio, `depth` of the decoder, `schedule` (stages, drop ratio) of PTR.
+
+    The decoder's heads have width 32, as in MAE. Raises ValueError if sizes and ratios do not fit together.
+    """
     student = ViT((args.image_size, args.image_size), args.patch_size, **MODELS[args.model])
     if method is SimMIM:
         return SimMIM(student, mask_ratio=mask)

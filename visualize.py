@@ -56,30 +56,33 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("picture").add_argument
     add("--out", default="picture.png", metavar="FILE", help="image file to write")
-    add("--data", default="shapes", help=f"show validation images of {', '.join(data.SETS)}, or a folder")
-    add("--data-root", default="data", metavar="FOLDER", help="folder of torchvision's sets")
+    sets = f"show validation images of {', '.join(data.SETS)}, or a folder (default: the checkpoint's, else shapes)"
+    add("--data", default="shapes", metavar="NAME", help=sets)
+    add(
+        "--data-root",
+        default="data",
+        metavar="FOLDER",
+        help="folder of torchvision's sets (default: the checkpoint's, else data)",
+    )
     add("--limit", type=int, default=8, metavar="N", help="number of images of --data or of each folder")
     add("--masked", action="store_true", help="give PTR only the masked patches, as in pre-training")
     add("--heatmap", action="store_true", help="also show the scores of the tokens")
-    add("--score-threshold", type=float, default=0.5, help="minimum score of drawn detections")
+    add("--score-threshold", type=float, default=0.5, metavar="SCORE", help="minimum score of drawn detections")
     add("--log", nargs="+", metavar="RUN", help="only draw the learning curves of these run folders")
     add("--metrics", nargs="+", metavar="NAME", help="columns to draw with --log (default: all)")
 
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", default="runs/pretrain/last.pt", metavar="FILE", help="our checkpoint or a public ViT")
-    weights.add_file_flags(add)
-    parser.set_defaults(weights=None)  # None: the teacher of PCAE, else the student
+    weights.add_file_flags(add, default=None, usual="teacher of PCAE, else student")
     add("--pool", choices=weights.POOLS, help="pooling of a public classifier, if its file does not record it")
     runs.add_device_flags(add)
 
-    add = parser.add_argument_group("token reduction (PTR; defaults: the checkpoint's)").add_argument
-    add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
-    add(
-        "--drop-ratio",
-        type=float,
-        help="fraction of tokens that each stage drops (if 0 in the file: 0.5, except for detectors)",
-    )
-    ptr.add_flags(add)
+    add = parser.add_argument_group("token reduction (PTR)").add_argument
+    masked = "fraction of the patches that are masked (with --masked) (default: the checkpoint's, else 0.75)"
+    add("--mask-ratio", type=float, default=0.75, help=masked)
+    ratio = "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; if 0 and no detector: 0.5)"
+    add("--drop-ratio", type=float, help=ratio)
+    ptr.add_flags(add, before="the checkpoint's, else ")
     return parser
 
 
@@ -164,7 +167,7 @@ def draw_stages(
 
 @torch.no_grad()
 def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
-    """Draw the stages of a checkpoint, and its classifier's predictions, which use PTR as in training."""
+    """Draw the PTR stages of a checkpoint. If it has a classifier, its predictions, with PTR as in training, too."""
     method, options = checkpoint.get("method"), weights.told(args)
     which = args.weights or ("teacher" if method == "pcae" else "student")
     classifier = None
@@ -215,7 +218,7 @@ def sheet(tiles: Tensor, texts: list[str], captions: Sequence[str]) -> Image.Ima
 
 @torch.no_grad()
 def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
-    """Draw the detections in images: boxes, masks, names and scores; four images per row."""
+    """Draw what a checkpoint of detect.py finds: boxes, masks, names and scores; four images per row."""
     trained = argparse.Namespace(**checkpoint["config"])
     model = detect.load_detector(trained, checkpoint).to(device).eval()
     encoder, short_side = model.backbone.encoder, trained.short_side[-1]

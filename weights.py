@@ -36,29 +36,32 @@ POOLS = ("mean", "class")  # mean of the patch tokens, or the class token
 def add_init_flags(add: Callable[..., Any]) -> None:
     """Add the flags about the encoder that a run starts from."""
     formats = "our checkpoint or a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT"
-    add("--init", default="runs/pretrain/last.pt", metavar="FILE", help=f"encoder: {formats}, or none: from scratch")
+    add(
+        "--init",
+        default="runs/pretrain/last.pt",
+        metavar="FILE",
+        help=f"encoder to start from: {formats}; none: random weights",
+    )
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder for --init none")
     add_file_flags(add)
 
 
-def add_file_flags(add: Callable[..., Any]) -> None:
+def add_file_flags(add: Callable[..., Any], default: str | None = "student", usual: str = "student") -> None:
     """Add the flags that select an encoder in a file or give what a public file, unlike ours, does not record."""
-    add("--weights", default="student", choices=("student", "teacher"), help="encoder to take from the file")
-    add("--heads", type=int, help="attention heads, if a public file does not say (default: as usual for its width)")
-    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help="patches of a public file (default: a square)")
-    rgb, usual = ("R", "G", "B"), "of pixels in [0, 1] for a public file (default: ImageNet's"
-    add("--mean", type=float, nargs=3, metavar=rgb, help=f"mean {usual}, {' '.join(map(str, IMAGENET_MEAN))})")
-    add(
-        "--std",
-        type=float,
-        nargs=3,
-        metavar=rgb,
-        help=f"standard deviation {usual}, {' '.join(map(str, IMAGENET_STD))})",
-    )
+    which = f"which encoder of the file to use, if it has both (default: {usual})"
+    heads = "number of attention heads, which a public file does not record (default: as usual for its width)"
+    grid = "rows and columns of patches, which a public file does not record (default: a square)"
+    pixels = "of pixels in [0, 1], which a public file does not record (default: ImageNet's"
+    mean, std = (f"{pixels}, {' '.join(map(str, values))})" for values in (IMAGENET_MEAN, IMAGENET_STD))
+    add("--weights", default=default, choices=("student", "teacher"), help=which)
+    add("--heads", type=int, metavar="N", help=heads)
+    add("--grid", type=int, nargs=2, metavar=("ROWS", "COLUMNS"), help=grid)
+    add("--mean", type=float, nargs=3, metavar=("R", "G", "B"), help=f"mean {mean}")
+    add("--std", type=float, nargs=3, metavar=("R", "G", "B"), help=f"standard deviation {std}")
 
 
 def told(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the flags about a public file as options of `load_encoder` and `load_classifier`."""
+    """Return what the flags tell about a public file, as options of `load_encoder` and `load_classifier`."""
     return {name: getattr(args, name) for name in ("heads", "grid", "mean", "std")}
 
 
@@ -273,7 +276,9 @@ def load_classifier(
     log: Callable[[str], None] = print,
     **options: Any,
 ) -> Classifier:
-    """Build the classifier of a loaded checkpoint, ours or public; `options` are those of `load_encoder`.
+    """Build the classifier of a loaded checkpoint, ours or public.
+
+    `pool` is `mean` or `class` (None: as the file records), `log` gets lines, `options` are those of `load_encoder`.
 
     A public file with `fc_norm` uses mean pooling (MAE). Without `fc_norm`, `pool` must be given. Raises ValueError if
     the file is incompatible or incomplete.
@@ -353,15 +358,15 @@ def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Export an encoder or classifier to a file that timm loads, and print timm's call."""
     parser = runs.flag_parser(__doc__)
     add = parser.add_argument
-    add("file", help="our checkpoint or a public file")
-    add("out", help="file to write: .pt, .pth, .bin or .safetensors")
+    add("file", metavar="FILE", help="our checkpoint or a public file")
+    add("out", metavar="OUT", help="file to write: .pt, .pth, .bin or .safetensors")
     add_file_flags(add)
     add("--pool", choices=POOLS, help="pooling of a public classifier, if its file does not record it")
-    add(
-        "--image-size", type=int, nargs="+", metavar="PIXELS", help="height and width in pixels, or both (default: own)"
-    )
+    size = "height and width in pixels, or one number for both (default: that of FILE)"
+    add("--image-size", type=int, nargs="+", metavar="PIXELS", help=size)
     args = parser.parse_args(argv)
     if Path(args.out).resolve() == Path(args.file).resolve():
         raise SystemExit(f"error: {args.out} is the input file: choose another output file")

@@ -146,7 +146,7 @@ def topk_accuracy(logits: Tensor, labels: Tensor, k: int) -> float:
 
 
 def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return loss, top-1 and top-5 accuracy in [0, 1] of logits (n, classes) for labels (n,)."""
+    """Return `val_loss` (mean cross-entropy), `top1` and `top5` (accuracy in [0, 1]) of logits (n, classes)."""
     return dict(
         val_loss=F.cross_entropy(logits, labels).item(),
         top1=topk_accuracy(logits, labels, 1),
@@ -155,7 +155,7 @@ def accuracies(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """Standardise features (n, D) by mean and standard deviation of the bank, so a common offset has no effect."""
+    """Standardise bank (n, D) and queries (m, D) by mean and standard deviation of the bank, and return both."""
     mean, std = bank.mean(dim=0), bank.std(dim=0) + 1e-6
     return (bank - mean) / std, (queries - mean) / std
 

@@ -28,11 +28,15 @@ FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", 
 
 
 def flag_parser(description: str) -> argparse.ArgumentParser:
-    """Build a parser that shows the docstring unchanged, shows defaults, and rejects abbreviated flags."""
+    """Build a parser that shows the docstring unchanged, adds defaults to help texts, and rejects abbreviations."""
 
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    class Formatter(argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action: argparse.Action) -> str | None:
-            return action.help if action.default in (None, False) else super()._get_help_string(action)
+            default = action.default
+            if default in (None, argparse.SUPPRESS) or isinstance(default, bool) or "(default" in action.help:
+                return action.help
+            values = default if isinstance(default, list) else [default]
+            return f"{action.help} (default: {' '.join(f'{x:g}' if isinstance(x, float) else str(x) for x in values)})"
 
     if isinstance(sys.stdout, io.TextIOWrapper):  # names that the terminal cannot print must not end a run
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -43,19 +47,26 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str, files: str) -> None:
     """Add the flags about the run. `out` is the default folder, `files` lists its files."""
     add = parser.add_argument_group("run").add_argument
-    resume = "continue FILE or the run in --out, with its settings; start a new run if --out has none yet"
-    add("--recipe", default="laptop", choices=recipes, help="named settings; other flags override them")
+    resume = (
+        "continue the run of FILE, or without FILE the run in --out, with its settings; start one if --out has none"
+    )
+    add(
+        "--recipe",
+        default="laptop",
+        choices=recipes,
+        help="named settings, listed at the top of this script; flags override them",
+    )
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
     add("--resume", nargs="?", const="", metavar="FILE", help=resume)
-    add("--dry-run", action="store_true", help="train and evaluate two steps, saved in dry-run below --out")
+    add("--dry-run", action="store_true", help="train two steps and evaluate two batches; saved in dry-run below --out")
     add_device_flags(add)
 
 
 def add_device_flags(add: Callable[..., Any]) -> None:
     """Add the flags about device, precision and seed."""
-    add("--device", default="auto", help="auto, cpu, cuda, mps, ...")
+    add("--device", default="auto", help="cpu, cuda, mps, ...; auto: the accelerator if there is one, else cpu")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
-    add("--seed", type=int, default=0, help="seed of all random draws (default: 0)")
+    add("--seed", type=int, default=0, help="seed of all random draws")
 
 
 def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:

@@ -39,14 +39,15 @@ def positive(text: str) -> int:
 
 def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
     """Add the flags of the optimisation, with a script's defaults; `drawn` lists what is drawn per micro-batch."""
-    micro = f"images at once per process; gradients accumulate (default: all at once). Redrawn per micro-batch: {drawn}"
+    micro = "images per forward pass and process, whose gradients accumulate (default: all of the step's). "
+    micro += f"Each forward pass draws anew: {drawn}"
     add("--epochs", type=int, default=epochs, help="passes over the training images")
     add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
     add("--micro-batch", type=positive, help=micro)
     add("--blr", type=float, default=blr, help="base learning rate: lr = blr * batch size / 256")
-    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default: {warmup}; also if not below --epochs)")
-    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices; 0 for biases, norms and tokens")
-    add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (norm); 0: off")
+    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default, and if not below --epochs: {warmup})")
+    add("--weight-decay", type=float, default=0.05, help="weight decay of matrices, not of biases, norms and tokens")
+    add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (total norm); 0: off")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def end_world() -> None:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """Average a tensor over all processes. Overwrites `values`: use what is returned."""
+    """Return the average of a tensor over all processes. Overwrites `values`."""
     if dist.is_initialized():
         dist.all_reduce(values)
         values = values / dist.get_world_size()
@@ -137,7 +138,10 @@ def gather_lists(items: list[Any]) -> list[Any]:
 
 
 def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple[int, int]:
-    """Return the micro-batch size and the number of micro-batches per step and process."""
+    """Return the micro-batch size and the number of micro-batches per step and process.
+
+    `batch_size` counts the images of a step over all processes. Ends the script if it cannot be divided evenly.
+    """
     local_batch = batch_size // world.size
     micro_batch = min(micro_batch or local_batch, local_batch)
     if not local_batch or local_batch * world.size != batch_size or local_batch % micro_batch:
