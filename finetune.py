@@ -140,6 +140,8 @@ def main(argv: list[str] | None = None) -> None:
     weights.check_flags(runs.given(parser, argv), args.init)
     asked_size = args.image_size  # None: the size in the file
     data.fill_in(args)
+    if args.min_steps is None:
+        args.min_steps = 2000 if args.label_fraction < 1 else 0
     world = training.start_world(args.device)
 
     # 2. Model. The settings of the encoder are recorded as trained. A linear probe needs no more than SGD, because its
@@ -174,8 +176,7 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch, accumulate = training.batch_sizes(batch_size, args.micro_batch, world)
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
-    min_steps = args.min_steps if args.min_steps is not None else 2000 * (args.label_fraction < 1)
-    repeats = max(1, round(min_steps / (args.epochs * (len(train) // batch_size))))
+    repeats = max(1, round(args.min_steps / (args.epochs * (len(train) // batch_size))))
     repeated = data.subset(train, [*range(len(train))] * repeats) if repeats > 1 else train
     views = data.training_views(repeated, size, args.min_crop, augment=augment, **options)
     loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)
