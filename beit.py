@@ -62,7 +62,10 @@ class BEiT(ViT):
             block.attn.relative_position_bias_table = nn.Parameter(table)
 
     def attention_bias(self, block: Block, patch_ids: Tensor, num_prefix: int, grid: tuple[int, int]) -> Tensor:
-        """Return the bias (B or 1, heads, num_prefix + n, same) of patches (B, n); the table is resized to `grid`."""
+        """Return the bias (B, heads, t, t) of t = num_prefix + n tokens; the table is resized to `grid`.
+
+        B is 1 if all images have the same patches.
+        """
         alike = patch_ids if patch_ids.stride(0) else patch_ids[:1]  # stride 0: all images have the same patches
         tokens = F.pad(alike + 1, (num_prefix, 0))  # (B or 1, num_prefix + n); the class token is number 0
         index = relative_index(grid, patch_ids.device)[tokens[:, :, None], tokens[:, None, :]]
@@ -71,7 +74,7 @@ class BEiT(ViT):
 
 
 def build_encoder(arguments: dict[str, Any], drop_path: float = 0.0) -> ViT:
-    """Build the encoder that `ViT.arguments` describe: a plain ViT or a BEiT."""
+    """Build the encoder that `ViT.arguments` describe, a plain ViT or a BEiT, with new weights."""
     arguments = dict(arguments)
     kind = BEiT if arguments.pop("relative_positions", False) else ViT
     return kind(**arguments, drop_path=drop_path)

@@ -69,7 +69,10 @@ def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], post
 
 
 def kept_for_backward(model: nn.Module, images: Tensor) -> int:
-    """Return the bytes that the forward pass of images (B, C, H, W) keeps for backward, each storage counted once."""
+    """Return the bytes that the forward pass of images (B, C, H, W) keeps for backward, each storage once.
+
+    Includes weights: the difference of two batch sizes is without them.
+    """
     storages: dict[int, int] = {}
 
     def remember(tensor: Tensor) -> Tensor:
@@ -86,7 +89,10 @@ def kept_for_backward(model: nn.Module, images: Tensor) -> int:
 
 
 def training_table(args: argparse.Namespace, title: str, cases: list[tuple]) -> Iterator[str]:
-    """Yield a row per case. Rows take turns only with the first row, because not all weights may fit in memory."""
+    """Yield the head of a table, and a row for each of `cases`, in the format of `report.PRETRAINING`.
+
+    Rows take turns only with the first row, because not all weights may fit in memory.
+    """
     yield f"""
 ## Pre-training: {title}
 
@@ -121,7 +127,7 @@ activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
 
 
 def pretraining(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the rows of Table 4 of the poster, and of the decoders that its comparison leaves open."""
+    """Yield Table 4 of the poster as measured here: one step of each method, also with other decoders."""
     yield from training_table(args, "one step of each method", PRETRAINING)
     yield """
 The poster's numbers are for ViT-B/16 at 224 pixels. MAE's decoder has 8 blocks. The poster does not state PCAE's
@@ -130,7 +136,7 @@ blocks in both, and with 8 in both."""
 
 
 def ablations(args: argparse.Namespace) -> Iterator[str]:
-    """Yield the rows of Tables 6 and 7 of the poster: schedules of PTR."""
+    """Yield Tables 6 and 7 of the poster as measured here: schedules of PTR."""
     yield from training_table(args, "stages x drop ratio", ABLATIONS)
     yield "\nThe first row is the paper's setting. The poster does not state the number of epochs of these GPU days."
 

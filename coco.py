@@ -31,10 +31,14 @@ Target = dict[str, Any]  # per image: boxes (n, 4), labels (n,), masks (n, H, W)
 class CocoDetection(Dataset):
     """Images and their objects, from an image folder and an annotation file in COCO's format.
 
-    An item is an image, uint8 (3, H, W), and its target: `boxes`, float32 (n, 4), left, top, right, bottom in pixels;
-    `labels`, int64 (n,), from 1 in the order of the category ids, which may have gaps (0: background); `masks`, uint8
-    (n, H, W); `image_id`. Crowds and empty boxes are not targets; `coco` keeps them for the evaluation. `ids` lists the
-    images: all, or `limit` at random. `categories` lists (id, name) of labels 1, 2, ...
+    An item is an image, uint8 (3, H, W), and its target:
+        boxes     float32 (n, 4): left, top, right, bottom in pixels
+        labels    int64 (n,): from 1, in the order of the category ids, which may have gaps; 0 is the background
+        masks     uint8 (n, H, W)
+        image_id  as in the file
+    Crowds and empty boxes are not targets; `coco` keeps them for the evaluation. `ids` lists the images: all, or
+    `limit` at random. `categories` lists (id, name) of labels 1, 2, ... Items raise UnreadableImage if the file is
+    broken, not of the annotated size, or very thin. A file that is not in COCO's format ends the script.
     """
 
     def __init__(self, folder: Path, annotations: Path, limit: int | None = None):
@@ -89,8 +93,9 @@ class CocoDetection(Dataset):
 def tidy(content: dict[str, Any]) -> dict[str, Any]:
     """Return an annotation file's content without objects that pycocotools cannot use, and print their number.
 
-    Annotations get new ids from 1, because the evaluation counts an object of id 0 as not found and keeps only one
-    object per id. Raises ValueError if most objects are unusable.
+    Modifies `content`. Annotations get new ids from 1, because the evaluation counts an object of id 0 as not found and
+    keeps only one object per id. Raises ValueError for repeated image ids, boxes in other units, or if most objects are
+    unusable, and KeyError if a field is missing.
     """
     images = {image["id"]: (image["height"], image["width"]) for image in content["images"]}
     if len(images) < len(content["images"]):
@@ -118,7 +123,7 @@ def tidy(content: dict[str, Any]) -> dict[str, Any]:
 def is_usable(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
     """Return whether box and mask of an object fit an image of `size` (H, W), because C code does not check them.
 
-    Removes polygons of less than three points, which pycocotools would read as boxes.
+    Removes polygons of less than three points from `annotation`, because pycocotools would read them as boxes.
     """
     box, mask = annotation.get("bbox") or (), annotation.get("segmentation")
     if isinstance(mask, dict):
@@ -154,7 +159,7 @@ def check_units(annotations: list[dict[str, Any]]) -> None:
 
 
 def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of `split`, train or val. Ends the script if not one each."""
+    """Return the image folder and the annotation file of `split`, train or val. Without one each, end the script."""
     files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
     images = [folder / file.stem.removeprefix("instances_") for file in files]
     if len(files) != 1 or not images[0].is_dir():
@@ -235,7 +240,7 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
 
 
 def crop(image: Tensor, target: Target, top: int, left: int, height: int, width: int) -> tuple[Tensor, Target]:
-    """Crop an image and its objects. Boxes follow from the visible masks; objects without one are removed."""
+    """Crop an image and its objects. Boxes follow from the visible masks. Removes objects without a visible pixel."""
     area = ..., slice(top, top + height), slice(left, left + width)
     masks = target["masks"][area]
     seen = masks.flatten(1).any(dim=1).bool()
@@ -244,10 +249,11 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
 
 
 def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
-    """Crop as in DETR: sides of 384 to 600 pixels (or the whole side), with a shorter side of 400, 500 or 600 pixels.
+    """Crop an image (C, H, W) and its objects as in DETR, at a random place.
 
-    DETR resizes, crops and resizes again. Here the crop is computed in the image's own pixels, so only the model
-    resizes.
+    In an image scaled to a shorter side of 400, 500 or 600 pixels, each side of the crop has 384 to 600 pixels, at most
+    the whole side. DETR scales, crops and scales again. Here the crop is cut from the image as it is, so only the model
+    scales.
     """
 
     def draw(lowest: int, highest: int) -> int:
@@ -297,9 +303,10 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
 
 
 class DetectionViews(Views):
-    """Images with their targets. `augment` mirrors (if `flip`) and, with probability `crop_ratio`, crops.
+    """Views by (epoch, index): image uint8 (channels, H, W), target, and whether it was readable; batches are `Packed`.
 
-    Without `augment`, an unreadable image is replaced by a blank one without objects and with image id -1.
+    `augment` mirrors with probability 0.5 (if `flip`) and crops with probability `crop_ratio`. Without it, an
+    unreadable image is replaced by a blank one without objects and with image id -1.
     """
 
     collate = staticmethod(pack)

@@ -63,7 +63,7 @@ def add_workers_flag(add: Callable[..., Any]) -> None:
 
 
 def add_view_flags(add: Callable[..., Any]) -> None:
-    """Add the flags about random views of training images."""
+    """Add `--min-crop`, None by default (see `fill_in`), and `--no-flip`, for random views of training images."""
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
     crop = f"smallest area of a random crop, as a fraction of the image; 1: no crops, no mirroring (default: {crops})"
     add("--min-crop", type=float, metavar="FRACTION", help=crop)
@@ -71,7 +71,7 @@ def add_view_flags(add: Callable[..., Any]) -> None:
 
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
-    """Add `--no-flip`, a flag of all three training scripts."""
+    """Add `--no-flip`, stored as `flip`, a flag of all three training scripts."""
     text = "never mirror training images (default: left to right with probability 0.5)"
     add("--no-flip", dest="flip", action="store_false", help=text)
 
@@ -91,7 +91,10 @@ def fill_in(args: argparse.Namespace) -> None:
 def unlabelled_images(
     name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
 ) -> Dataset:
-    """Return images for pre-training: `shapes` of `size` (H, W), a torchvision set, a folder or its `train/`."""
+    """Return images for pre-training, or `limit` of them at random; of a folder, those in `train/` if it exists.
+
+    Items are images uint8 (3, H, W) and labels (-1 if unknown). Only `shapes` are made in `size` (H, W).
+    """
     if name in SETS:
         return named_images(name, "train+unlabeled" if name == "stl10" else "train", root, size, limit, download)
     train = Path(name) / "train"
@@ -101,7 +104,10 @@ def unlabelled_images(
 def labelled_images(
     name: str, root: str, size: tuple[int, int], limit: int | None = None, download: bool = False
 ) -> Dataset:
-    """Return at most `limit` labelled training images; for a folder, those in `train/`."""
+    """Return labelled training images, or `limit` of them at random; of a folder, those in `train/`.
+
+    Items are images uint8 (3, H, W) and labels. Only `shapes` are made in `size` (H, W).
+    """
     if name in SETS:
         return named_images(name, "train", root, size, limit, download)
     return at_most(class_folders(Path(name) / "train"), limit)
@@ -115,7 +121,10 @@ def validation_images(
     download: bool = False,
     classes: list[str] | None = None,
 ) -> Dataset:
-    """Return validation images with labels: torchvision's test set, or a folder's `val/` (label i: `classes[i]`)."""
+    """Return labelled validation images, or `limit` of them at random: torchvision's test set, or a folder's `val/`.
+
+    Items are images uint8 (3, H, W) and labels; in a folder, label i is `classes[i]`. Only `shapes` are made in `size`.
+    """
     if name in SETS:
         return named_images(name, "val" if name == "shapes" else "test", root, size, limit, download)
     return at_most(class_folders(Path(name) / "val", classes), limit)
@@ -124,14 +133,17 @@ def validation_images(
 def named_images(
     name: str, split: str, root: str, size: tuple[int, int], limit: int | None, download: bool
 ) -> InMemory:
-    """Return at most `limit` images of one of SETS."""
+    """Return images of one of SETS: all, or `limit` at random. `shapes` are made in any number."""
     if name == "shapes":
         return Shapes(split, limit or NUM_SHAPES[split], size)
     return at_most(torchvision_set(name, split, root, download), limit)
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
-    """Return a random, fixed subset of `limit` images, or all: the first ones of a sorted folder share a class."""
+    """Return `limit` images at random, always the same ones, or all if there are no more.
+
+    The first ones of a sorted folder would share a class.
+    """
     if limit is None or limit >= len(images):
         return images
     return subset(images, torch.randperm(len(images), generator=generator("limit"))[:limit].tolist())
@@ -154,7 +166,7 @@ def few_labels(images: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def subset(images: Dataset, indices: list[int]) -> Dataset:
-    """Return a subset that, unlike torch's Subset, has labels and classes."""
+    """Return a subset that, unlike torch's Subset, has `targets` and `classes`. Indices may repeat."""
     if isinstance(images, InMemory):
         return InMemory(images.images[indices], [images.targets[i] for i in indices], images.classes)
     part = Subset(images, indices)
@@ -209,7 +221,10 @@ class RandomErasing(v2.RandomErasing):
 
 
 def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], Tensor]]:
-    """Build two operations of RandAugment at a strength of 1 to 10, then RandomErasing with a probability; 0: off."""
+    """Build a list of RandAugment (two operations of strength `rand_augment`, 1 to 10) and RandomErasing.
+
+    `erasing` is a probability. 0 leaves an operation out.
+    """
     steps = []
     if rand_augment:
         grey = [round(255 * mean) for mean in IMAGENET_MEAN]
@@ -223,7 +238,8 @@ def augmentations(rand_augment: int, erasing: float) -> list[Callable[[Tensor], 
 class Views(Dataset):
     """Views of images by (epoch, index): view uint8 (C, H, W), label, and whether the image was readable.
 
-    An unreadable image is replaced by another one, drawn at random, or by a black one if `replace=False`.
+    An unreadable image is replaced by another one, drawn at random, with its label. With `replace=False` it is replaced
+    by a black one with label -1. Raises UnreadableImage if 20 in a row are unreadable.
     """
 
     collate = staticmethod(default_collate)
@@ -271,9 +287,9 @@ def training_views(
     device: torch.device,
     augment: list[Callable[[Tensor], Tensor]] | None = None,
 ) -> Views | BatchViews:
-    """Build the training views: `pretraining_view`, then `augment`. In-memory images without `augment` become batches.
+    """Build the training views: `pretraining_view`, then `augment`. `channels` is 1 (grey) or 3.
 
-    `channels` is 1 (grey) or 3. Batches of views are made on `device`.
+    Returns `BatchViews` on `device` for images in memory without `augment`, else `Views`.
     """
     if isinstance(images, InMemory) and not augment:
         return BatchViews(images, size, min_crop, flip=flip, channels=channels, seed=seed, device=device)
@@ -294,7 +310,10 @@ class EpochSampler(DistributedSampler):
 
 
 def num_workers(views: Dataset, workers: int | None, world: World) -> int:
-    """Return the number of loader processes: 0 for batched views, else `workers` (default: one per core, at most 8)."""
+    """Return the number of loader processes: 0 for batched views, else `workers`.
+
+    The default is the number of cores divided by the training processes on this machine, 1 to 8.
+    """
     if hasattr(views, "__getitems__"):
         return 0
     return min(8, max(1, (os.cpu_count() or 1) // world.local_size)) if workers is None else workers
@@ -305,8 +324,9 @@ def training_loader(
 ) -> DataLoader:
     """Build a loader of shuffled batches for this process. Call `loader.sampler.set_epoch` before each epoch.
 
-    `views` is any data set with keys (epoch, index). Process r of R gets images r, r + R, ... of the common order, so
-    the batches of all processes together equal the batch of a single process.
+    `views` is any data set with keys (epoch, index), `batch_size` is per process. Images that do not fill a batch are
+    left out of the epoch. Process r of R gets images r, r + R, ... of the common order, so the batches of all processes
+    together equal the batch of a single process.
     """
     order = derive_seed(seed, "order") % 2**32  # torch adds the epoch: seeds 0, 1, ... would share orders
     sampler = EpochSampler(views, world.size, world.rank, shuffle=True, seed=order, drop_last=True)
@@ -332,7 +352,10 @@ def evaluation_loader(views: Dataset, batch_size: int, *, workers: int | None = 
 
 
 def scoring_loader(images: Dataset, size: tuple[int, int], channels: int, **options: Any) -> DataLoader:
-    """Build this process's loader for evaluation: centre crops as in MAE. `options`: see `evaluation_loader`."""
+    """Build this process's loader for evaluation, with centre crops as in MAE. `options`: see `evaluation_loader`.
+
+    Batches are views uint8 (B, C, H, W), labels (B,), and whether each image was readable (B,).
+    """
     margin = evaluation_margin(size)
     if isinstance(images, InMemory):
         views = BatchViews(images, size, margin=margin, channels=channels)

@@ -127,6 +127,7 @@ class Detector(MaskRCNN):
     """Mask R-CNN on a ViTPyramid: a proposal network, a box head of 4 convolutions + 1 linear layer, a mask head.
 
     Images are lists of float tensors (C, H, W) in [0, 1] of any sizes. The detector normalises, resizes and pads them.
+    `num_classes` does not count the background, unlike in torchvision.
     """
 
     def __init__(
@@ -184,7 +185,10 @@ class Detector(MaskRCNN):
 
 
 def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
-    """Build the encoder of `--init`, or a new one. Raises ValueError if the file or the sizes do not fit."""
+    """Build the encoder of `--init`, or a new one. Raises ValueError if the file or the sizes do not fit.
+
+    Only the main process prints.
+    """
     if args.init == "none":
         size = (16 * args.patch_size,) * 2  # any size: positions are made for the grid of each image
         return ViT(size, args.patch_size, **MODELS[args.model], drop_path=args.drop_path)
@@ -230,7 +234,7 @@ def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
 
 
 def scoring_loader(images: CocoDetection, channels: int, workers: int | None, world: training.World) -> DataLoader:
-    """Build a loader of single images, each in one process: results do not depend on other images in a batch."""
+    """Build a loader of single images, so results do not depend on other images in a batch. Processes share them."""
     return data.evaluation_loader(coco.DetectionViews(images, channels), 1, workers=workers, world=world)
 
 
@@ -240,7 +244,7 @@ def find_objects(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     """Return the objects found in all readable images, in COCO's result format, and the ids of these images.
 
-    Each process computes its shard and gets the results of all processes.
+    Each process computes its shard and gets the results of all processes. The model is left in evaluation mode.
     """
     model.eval()
     results, seen = [], []
@@ -291,7 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         checkpoint = runs.load(args.eval)
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
-        unused = {"init", "weights", "heads", "grid", "mean", "std"}
+        unused = {"init", "weights", "heads", "grid", "mean", "std", "channels"}
         runs.reject(runs.given(parser, argv) & unused, "not used with --eval, whose file holds the whole model")
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")

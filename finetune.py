@@ -109,7 +109,7 @@ def build_encoder(
     checkpoint: dict[str, Any] | None = None,
     is_main: bool = True,
 ) -> ViT:
-    """Build the encoder: of `checkpoint`, the run to resume; else of the file `--init`; else, with none, a new one.
+    """Build the encoder of `--init`, or a new one; to resume, that of `checkpoint`, still without its weights.
 
     An encoder of `--init` is resized to `asked_size` ([H, W] or [side]) if given. Only the main process prints.
 
@@ -126,7 +126,10 @@ def build_encoder(
 
 
 def mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
-    """Build MixUp, CutMix, or a random choice per call: images (B, C, H, W), labels (B,) -> images, (B, classes)."""
+    """Return MixUp, CutMix, a random choice of the two per call, or None if both are 0.
+
+    Maps images (B, C, H, W) and labels (B,) to mixed images and labels (B, classes).
+    """
     kinds = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
     return v2.RandomChoice(kinds) if kinds else None

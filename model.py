@@ -144,7 +144,7 @@ def cosine_loss(prediction: Tensor, target: Tensor) -> Tensor:
 class Decoder(nn.Module):
     """Transformer that predicts `out_dim` numbers per queried patch from the student's tokens of width `encoder_dim`.
 
-    Raises ValueError if `heads` do not divide its width `dim`.
+    Raises ValueError unless its width `dim` is a multiple of `heads` and of 4.
     """
 
     def __init__(self, grid: tuple[int, int], encoder_dim: int, dim: int, depth: int, heads: int, out_dim: int):
@@ -188,7 +188,7 @@ class Encoded(NamedTuple):
 class ViT(nn.Module):
     """Vision transformer that encodes any subset of the patches, with or without class token, with or without PTR.
 
-    Raises ValueError if sizes do not fit together.
+    Raises ValueError if sizes do not fit together, or if images are not of `image_size` (H, W).
     """
 
     def __init__(
@@ -303,7 +303,8 @@ class Classifier(nn.Module):
         frozen=True   `norm` of the encoder, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
     MAE's probe standardises each batch by BatchNorm. Here finetune.py computes the statistics of all training images
     once, because the features of a frozen encoder never change.
-    Modifies `encoder` in place: all its parameters become trainable, or none if `frozen`.
+    Modifies `encoder` in place. Its parameters become trainable, or none if `frozen`. Its `norm` becomes the identity
+    in the first case.
     """
 
     def __init__(self, encoder: ViT, num_classes: int, *, pool: str = "mean", frozen: bool = False):
@@ -334,7 +335,7 @@ class Classifier(nn.Module):
         return self.head(self.fc_norm(self.features(images, ptr)))
 
     def features(self, images: Tensor, ptr: PTR = NO_PTR) -> Tensor:
-        """Map normalised images (B, C, H, W) to pooled tokens (B, D)."""
+        """Map normalised images (B, C, H, W) to pooled tokens (B, D), the input of `fc_norm`."""
         return pool(self.encoder(images, ptr=ptr).tokens, self.pool)
 
 

@@ -81,7 +81,7 @@ def gather_tokens(x: Tensor, ids: Tensor) -> Tensor:
 
 
 def scatter_tokens(x: Tensor, tokens: Tensor, ids: Tensor) -> Tensor:
-    """Write tokens back to their places, the inverse of gathering: (B, N, D), (B, k, D), (B, k) -> (B, N, D)."""
+    """Return a copy of x (B, N, D) with `tokens` (B, k, D) at the places `ids` (B, k): the inverse of gathering."""
     return x.scatter(1, ids.unsqueeze(-1).expand_as(tokens), tokens.to(x.dtype))
 
 
@@ -153,7 +153,10 @@ def add_flags(add: Callable[..., Any], before: str = "") -> None:
 
 
 def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:
-    """Build the schedule that the flags describe, for `depth` blocks. Raises ValueError if they do not fit."""
+    """Build the schedule that the flags describe, for `depth` blocks. Raises ValueError for invalid numbers.
+
+    `token_counts` finds blocks that do not exist.
+    """
     if not drop_ratio:
         return PTR()
     blocks = args.drop_blocks

@@ -36,7 +36,7 @@ def resample(dim: int, patch_size: int, stride: int) -> nn.Sequential:
 
 
 def has_learned_positions(encoder: ViT) -> bool:
-    """Return whether an encoder's positions differ from the fixed sine-cosine ones."""
+    """Return whether an encoder's positions differ from the fixed sine-cosine ones (a BEiT's are zeros, so True)."""
     return not torch.allclose(encoder.pos_embed, sincos_position_embedding(encoder.dim, encoder.grid), atol=1e-3)
 
 
@@ -75,7 +75,8 @@ class ViTPyramid(nn.Module):
     ) -> dict[str, Tensor]:
         """Map padded images (B, C, H, W) of `sizes` (h, w) to float32 maps (B, channels, H / stride, W / stride).
 
-        The maps of STRIDES are named "0" to "3". "pool" has half the size of "3".
+        The maps of STRIDES are named "0" to "3". "pool" has half the size of "3". H and W must be multiples of 32 and
+        of the patch size.
         """
         p = self.patch_size
         grids = [(math.ceil(h / p), math.ceil(w / p)) for h, w in sizes or [images.shape[-2:]] * len(images)]
@@ -118,7 +119,7 @@ class ViTPyramid(nn.Module):
 
 
 class PyramidRoIAlign(MultiScaleRoIAlign):
-    """torchvision's RoIAlign with given strides: inferred from the first batch, they are wrong if padding is large.
+    """RoIAlign with fixed strides. torchvision infers them from the first batch, wrongly if its padding is large.
 
     A region is pooled from the map with anchors of about its size: as in the FPN paper, if anchors start at 32 pixels.
     """

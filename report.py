@@ -109,7 +109,7 @@ def report_models(device: torch.device) -> list[str]:
 def report(
     args: argparse.Namespace, models: list[str], sections: list[Callable[[argparse.Namespace], Iterator[str]]]
 ) -> Iterator[str]:
-    """Yield the page in parts: machine, training steps, `sections`, compiled steps. An error ends only its own row."""
+    """Yield the page in parts: machine, training steps, `sections`, compiled steps. Errors of torch end only a row."""
     kind = args.device.type
     end = time.perf_counter() + SECONDS.get(kind, 540)
     pcae, _, _, mae, simmim = eager = PRETRAINING[:5]
@@ -193,7 +193,10 @@ def matrix_product(args: argparse.Namespace) -> float:
 
 
 def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> tuple[Callable, int]:
-    """Return a step that fits in memory, and its batch size: `batch_size`, halved until it fits."""
+    """Return a step that fits in memory, which has run once, and its batch size: `batch_size`, halved until it fits.
+
+    Raises torch.OutOfMemoryError if a single image does not fit.
+    """
     while True:
         try:
             step = make_step(batch_size)
@@ -208,7 +211,8 @@ def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> t
 def training_cells(args: argparse.Namespace, case: tuple, compiled: bool, first: list) -> tuple[int, str]:
     """Return the batch size that fits in memory, and the cells of a row.
 
-    The step takes turns with `first`: step, batch size and MACs of the first row, which fills the list.
+    `first` is an empty list for the first row, which fills it with step, batch size and MACs. Later rows take turns
+    with this step.
     """
     _, method, *options, _, _ = case
     shape, on_card = (3, args.image_size, args.image_size), args.device.type == "cuda"

@@ -64,7 +64,7 @@ def arguments() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="folder of torchvision's sets (default: the checkpoint's, else data)",
     )
-    add("--limit", type=int, default=8, metavar="N", help="number of images of --data or of each folder")
+    add("--limit", type=training.positive, default=8, metavar="N", help="number of images of --data or of each folder")
     add("--masked", action="store_true", help="give PTR only the masked patches, as in pre-training")
     add("--heatmap", action="store_true", help="also show the scores of the tokens")
     add("--score-threshold", type=float, default=0.5, metavar="SCORE", help="minimum score of drawn detections")
@@ -87,7 +87,10 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def read_images(names: list[str], limit: int) -> list[Tensor]:
-    """Read image files, and at most `limit` of each folder, as uint8 (3, H, W). Skips unreadable images."""
+    """Read image files, and at most `limit` of each folder, spread evenly, as uint8 (3, H, W).
+
+    Skips unreadable images. Ends the script if all are.
+    """
     images = []
     for name in names:
         paths = find_images(Path(name)) if Path(name).is_dir() else [name]
@@ -128,8 +131,8 @@ def draw_stages(
 ) -> Image.Image:
     """Draw the patches of images uint8 (B, 3, H, W) that each PTR stage keeps, given patches `patch_ids` (B, n).
 
-    One row per image, with a caption below its first tile; `heatmap` adds the scores of each stage. `seed` is for the
-    `random` criterion. Raises ValueError if `reduction` does not fit.
+    One row per image, with a caption below its first tile; `heatmap` adds the scores of each stage. Seeds torch's
+    generators with `seed`, for the `random` criterion. Raises ValueError if `reduction` does not fit.
     """
     patch_size, device = encoder.patch_embed.patch_size, encoder.cls_token.device
     ptr.token_counts(patch_ids.shape[1], len(encoder.blocks), reduction)
@@ -167,7 +170,10 @@ def draw_stages(
 
 @torch.no_grad()
 def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device: torch.device) -> Image.Image:
-    """Draw the PTR stages of a checkpoint. If it has a classifier, its predictions, with PTR as in training, too."""
+    """Draw the PTR stages of a checkpoint.
+
+    Captions are the predictions of its classifier, if any, with PTR as in training.
+    """
     method, options = checkpoint.get("method"), weights.told(args)
     which = args.weights or ("teacher" if method == "pcae" else "student")
     classifier = None

@@ -47,7 +47,10 @@ def add_init_flags(add: Callable[..., Any]) -> None:
 
 
 def add_file_flags(add: Callable[..., Any], default: str | None = "student", usual: str = "student") -> None:
-    """Add the flags that select an encoder in a file or give what a public file, unlike ours, does not record."""
+    """Add the flags that select an encoder in a file or give what a public file, unlike ours, does not record.
+
+    `default` is that of `--weights`; `usual` names it in the help text.
+    """
     which = f"which encoder of the file to use, if it has both (default: {usual})"
     heads = "number of attention heads, which a public file does not record (default: as usual for its width)"
     grid = "rows and columns of patches, which a public file does not record (default: a square)"
@@ -130,7 +133,7 @@ def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def infer_arguments(
     tensors: dict[str, Tensor], heads: int | None = None, grid: tuple[int, int] | None = None
 ) -> dict[str, Any]:
-    """Infer the arguments of the ViT from its weights. Raises ValueError if the file is incompatible.
+    """Infer `ViT.arguments`, without mean and std, from its weights. Raises ValueError if they are incompatible.
 
     Weights do not determine the number of `heads` (except BEiT's) or the `grid` (rows, columns). The defaults are the
     heads of the usual ViT of this width and a square grid.
@@ -198,8 +201,9 @@ def load_encoder(
     """Build the encoder of a loaded checkpoint: ours or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
 
     Another `image_size` (H, W) than the checkpoint's resizes the positions, absolute or relative. `heads`, `grid`,
-    `mean` and `std` (of pixels) give what a public file does not record. `log` gets one line about assumptions and one
-    about matched tensors. Raises ValueError if the file is not a plain ViT or BEiT, is incomplete, or a shape differs.
+    `mean` and `std` (of pixels) give what a public file does not record; ours does, so other values raise ValueError.
+    `log` gets lines about assumptions, resized positions and matched tensors. Raises ValueError if the file is not a
+    plain ViT or BEiT, is incomplete, or a shape differs.
     """
     tensors = find_weights(checkpoint, weights)
     if "encoder" in checkpoint and "config" in checkpoint:  # our files record their settings

@@ -73,7 +73,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a system created a file or folder: ._photo.jpg of macOS, @eaDir with thumbnails of a NAS."""
+    """Return whether a name starts with . or @, as system files do: ._photo.jpg of macOS, @eaDir of a NAS."""
     return name.startswith((".", "@"))
 
 
@@ -86,7 +86,7 @@ def is_image_file(path: str) -> bool:
 def list_images(folder: Path) -> tuple[list[str], int]:
     """Return all image files below `folder`, sorted, and the number of other files.
 
-    Follows links, but visits each folder once and never a parent of `folder`.
+    Follows links, but visits each folder once and never a parent of `folder`. Skips hidden folders.
     """
     found, others, visited = [], 0, {str(parent) for parent in folder.resolve().parents}
     for parent, folders, files in os.walk(folder, followlinks=True):
@@ -103,7 +103,7 @@ def list_images(folder: Path) -> tuple[list[str], int]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Return all image files below `folder`, sorted, at least one. Prints the number of other files."""
+    """Return all image files below `folder`, sorted, and print the number of others. Ends the script if none."""
     found, others = list_images(folder)
     if not folder.is_dir():
         raise SystemExit(f"error: --data: {folder} is neither a folder nor the name of a data set")
@@ -115,7 +115,10 @@ def find_images(folder: Path) -> list[str]:
 
 
 class ImageFiles(Dataset):
-    """Every image file of a folder tree, without labels (-1)."""
+    """Image files below a folder, sorted by path. Items are images uint8 (3, H, W) and label -1.
+
+    Ends the script if there are none. Items raise UnreadableImage for a broken file.
+    """
 
     classes: list[str] = []
 
@@ -130,7 +133,10 @@ class ImageFiles(Dataset):
 
 
 class ClassFolders(Dataset):
-    """Image files in one folder per class. Label i is `classes[i]`: as given, or the sorted folder names."""
+    """Image files in one folder per class. Items are images uint8 (3, H, W) and labels.
+
+    Label i is `classes[i]`: as given, or the sorted folder names. Folders that are not in `classes` end the script.
+    """
 
     def __init__(self, folder: Path, classes: list[str] | None = None):
         names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not is_hidden(entry.name))
@@ -154,7 +160,10 @@ class ClassFolders(Dataset):
 
 
 def class_folders(folder: Path, classes: list[str] | None = None) -> ClassFolders:
-    """Return the images of `folder`, which has a folder per class: at least two, or some of `classes`."""
+    """Return the labelled images of `folder`, which has a folder per class.
+
+    Ends the script if there are no images, or less than two classes.
+    """
     try:
         images = ClassFolders(folder, classes)
     except OSError as error:

@@ -15,7 +15,7 @@ from util.training import World, autocast, batches, check_readable, gather_lists
 
 
 class StepMetrics:
-    """Metrics of one training step: means over micro-batches and processes."""
+    """Metrics of one training step of `accumulate` micro-batches: means over micro-batches and processes."""
 
     def __init__(self, accumulate: int):
         self.accumulate, self.scalars, self.directions = accumulate, {}, {}
@@ -31,7 +31,7 @@ class StepMetrics:
             self.directions[name] = self.directions.get(name, 0.0) + mean_direction(value) / self.accumulate
 
     def compute(self, grad_norm: Tensor) -> dict[str, float]:
-        """Return all metrics by name. Only here does the host wait for the device, once per step."""
+        """Return all metrics by name, and `grad_norm`. Only here does the host wait for the device, once per step."""
         sums = mean_over_processes(torch.cat([torch.stack([*self.scalars.values()]), *self.directions.values()]))
         scalars, *directions = sums.split([len(self.scalars), *map(len, self.directions.values())])
         values = torch.stack([*scalars, *map(spread, directions), grad_norm]).tolist()
@@ -39,7 +39,10 @@ class StepMetrics:
 
 
 def mean_of_steps(steps: list[dict[str, float]]) -> dict[str, float | None]:
-    """Average an epoch's steps, but not the `skipped` ones, whose loss or gradient is not finite; None if all are."""
+    """Average the steps of an epoch whose loss and gradient are finite; values are None if there are none.
+
+    `skipped` is the number of the other steps.
+    """
     taken = [step for step in steps if is_finite(step)]
     mean = {name: sum(step[name] for step in taken) / len(taken) if taken else None for name in steps[0]}
     return mean | dict(skipped=len(steps) - len(taken))
@@ -106,7 +109,8 @@ def predict(
 ) -> tuple[Tensor, Tensor]:
     """Return `function` of all readable images, each once, and the labels: float32 (n, ...), (n,), on the CPU.
 
-    Each process computes its shard, or `num_batches` batches of it, and gets the results of all processes.
+    Each process computes its shard, or `num_batches` batches of it, and gets the results of all processes, ordered by
+    process. Ends the script if many images are unreadable.
     """
     results: list[tuple[Tensor, Tensor, int]] = []
     for outputs, labels, readable in outputs_of(function, loader, normalize, precision, world, num_batches):
@@ -161,7 +165,10 @@ def standardise(bank: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20) -> float:
-    """Return the k-NN accuracy in [0, 1]: the nearest of `bank` (n, D) vote by exp(cosine / 0.07), as in DINO."""
+    """Return the k-NN accuracy in [0, 1] on features standardised by the bank.
+
+    The `k` nearest of `bank` (n, D) vote with the weight exp(cosine / 0.07), as in DINO.
+    """
     bank, queries = (F.normalize(x, dim=1) for x in standardise(bank, queries))
     num_right = 0
     for part, labels in zip(queries.split(1000), query_labels.split(1000), strict=True):  # n x n would not fit
@@ -175,7 +182,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
 def linear_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ridge: float = 1.0
 ) -> float:
-    """Return the accuracy in [0, 1] of a ridge-regression probe: one-hot labels regressed on the bank.
+    """Return the accuracy in [0, 1] of a ridge-regression probe: one-hot labels regressed on the standardised bank.
 
     A linear classifier without a learning rate to tune: W = (X'X + ridge I)^-1 X'Y, with a column of ones for the bias.
     """

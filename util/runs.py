@@ -70,7 +70,7 @@ def add_device_flags(add: Callable[..., Any]) -> None:
 
 
 def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:
-    """Return the names of the flags on the command line."""
+    """Return the names of the flags on the command line, as in the namespace: `flip` for --no-flip."""
     blank = dict.fromkeys(vars(parser.parse_args(argv)))  # argparse does not set defaults of existing names
     filled = parser.parse_args(argv, argparse.Namespace(**blank))
     return {name for name, value in vars(filled).items() if value is not None}
@@ -147,7 +147,10 @@ def parse_with_checkpoint(
 
 
 def settle_epochs(args: argparse.Namespace, warmup_ratio: float) -> None:
-    """Set the warm-up to `warmup_ratio` of the epochs if it is not given or not shorter than the run."""
+    """Set the warm-up to `warmup_ratio` of the epochs if it is not given or not shorter than the run.
+
+    A dry run has 1 epoch. Ends the script if `--epochs` is below 1.
+    """
     if args.dry_run:
         args.epochs = 1
     if args.epochs < 1:
@@ -160,7 +163,7 @@ class RunFolder:
     """The folder `--out`, locked for a single run: while this object lives, a second run in the folder is rejected.
 
     Files of an earlier run move to `earlier-1`, `earlier-2`, ... within the folder, because `--out` itself may be a
-    mounted volume, a link or ".".
+    mounted volume, a link or ".". Writes args.json. Ends the script if the folder cannot be written.
     """
 
     def __init__(self, args: argparse.Namespace):
@@ -193,7 +196,10 @@ class RunFolder:
         print(f"moved the earlier run in {self.path} to {aside} (to continue a run instead: --resume)")
 
     def save(self, content: dict[str, Any], is_best: bool = False) -> None:
-        """Write last.pt, best.pt if `is_best`, and the whole log, so no row is lost or duplicated."""
+        """Write last.pt, best.pt if `is_best` (without the optimizer), and the whole log.
+
+        `content["history"]` holds the rows of the log, so no row is lost or duplicated.
+        """
         content = dict(config=vars(self.args)) | content
         rows = "".join(json.dumps(row) + "\n" for row in content["history"]).encode()
         if is_best:
@@ -202,12 +208,15 @@ class RunFolder:
         write(self.path / "metrics.jsonl", lambda file: file.write(rows))
 
 
-def write(path: Path, content: Callable[[BinaryIO], Any]) -> None:
-    """Write a file atomically (temporary file, flush, rename). On failure, end the script and keep the old file."""
+def write(path: Path, write_to: Callable[[BinaryIO], Any]) -> None:
+    """Write a file atomically by `write_to`, which gets an open temporary file. Flushes, then renames it.
+
+    On failure, ends the script and keeps the old file.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            content(file)
+            write_to(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -246,7 +255,10 @@ def save_weights(path: Path, tensors: dict[str, Tensor], known: dict[str, Any]) 
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read our or a public checkpoint to the CPU, without executing code that a pickle may contain."""
+    """Read our or a public checkpoint to the CPU, without executing code that a pickle may contain.
+
+    Ends the script if the file is missing, invalid or not a dict. Tensors of .safetensors are under `model`.
+    """
     try:
         if str(path).endswith(".safetensors"):
             from safetensors import SafetensorError, safe_open
@@ -273,7 +285,10 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def describe(row: dict[str, Any], *names: str) -> str:
-    """Format the columns `names` of a log row in one line, and the number of skipped steps and unreadable images."""
+    """Format the columns `names` of a log row in one line, except missing ones and None.
+
+    Adds the numbers of skipped steps and unreadable images if not 0.
+    """
     shown = [name for name in names if row.get(name) is not None]
     shown += [name for name in ("skipped", "unreadable") if row.get(name)]
     return "  ".join(f"{name} {row[name]:.4g}" for name in shown)

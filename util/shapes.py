@@ -67,7 +67,10 @@ SHAPES = (disk, square, triangle, ring, plus, star, heart, crescent, hourglass, 
 
 
 def paint(darkest: float, brightest: float, hue: Tensor, stripe: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """Paint one colour with faint stripes: `hue` (n, 3), `stripe` (n, 3, 1, 1), x (1, 1, W), y (1, H, 1) -> pixels."""
+    """Return pixels (n, 3, H, W), about [0, 1], of one colour with faint stripes; x (1, 1, W), y (1, H, 1).
+
+    `hue` (n, 3) and `stripe` (n, 3, 1, 1: direction, frequency, strength) are random numbers in [0, 1].
+    """
     direction, frequency, strength = math.pi * stripe[:, 0], 2 * math.pi * (1 + stripe[:, 1]), 0.06 * stripe[:, 2]
     wave = strength * torch.sin(frequency * (direction.cos() * x + direction.sin() * y))
     return (darkest + (brightest - darkest) * hue)[:, :, None, None] + wave[:, None]

@@ -40,7 +40,10 @@ def in_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def torchvision_set(name: str, split: str, root: str, download: bool) -> InMemory:
-    """Read a data set of READERS. `split` is `train`, `test` or, for STL-10, `train+unlabeled`."""
+    """Read a data set of READERS. `split` is `train`, `test` or, for STL-10, `train+unlabeled`.
+
+    Ends the script if files are missing or broken.
+    """
     read = READERS[name]
     try:
         return read(split, root, download)
@@ -117,10 +120,11 @@ def draw_boxes(draws: Tensor, height: int, width: int, min_area: float) -> Tenso
 
 
 def resize_matrix(start: Tensor, length: Tensor, before: int, after: int, mirrored: Tensor | None = None) -> Tensor:
-    """Return weights (B, after, before) that resize `length` (B,) of `before` pixels from `start` (B,) to `after`.
+    """Return weights (B, after, before) that resize a part of `before` pixels to `after` new pixels.
 
-    Bilinear and antialiased, as in Pillow and torchvision: a triangle around the centre of each new pixel, as wide as a
-    new pixel, cut at the ends of the part and scaled to sum 1. `mirrored` (B,) reverses the new pixels.
+    The part begins at `start` (B,) and is `length` (B,) pixels long. Bilinear and antialiased, as in Pillow and
+    torchvision: a triangle around the centre of each new pixel, cut at the ends of the part and scaled to sum 1. Its
+    half width is a new pixel, or an old one if that is larger. `mirrored` (B,) reverses the new pixels.
     """
     pixels = torch.arange(before, device=start.device) + 0.5
     place = (torch.arange(after, device=start.device) + 0.5) / after  # of each new pixel's centre, from 0 to 1
@@ -134,7 +138,10 @@ def resize_matrix(start: Tensor, length: Tensor, before: int, after: int, mirror
 
 
 def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[int, int]) -> Tensor:
-    """Crop `boxes` (B, 4) of images uint8 (B, C, H, W), resize to `size`, mirror where `mirrored` (B,)."""
+    """Crop images uint8 (B, C, H, W), resize to `size` (H, W), mirror where `mirrored` (B,).
+
+    `boxes` (B, 4) are left, top, width, height in whole pixels.
+    """
     left, top, width, height = boxes.unbind(1)
     rows = resize_matrix(top, height, images.shape[2], size[0])
     columns = resize_matrix(left, width, images.shape[3], size[1], mirrored)
@@ -145,7 +152,7 @@ def resized_crops(images: Tensor, boxes: Tensor, mirrored: Tensor, size: tuple[i
 class CenterView:
     """Centre view: the largest crop with the aspect ratio of `size` (H, W), its sides divided by `margin`, resized.
 
-    Works on one image or on a batch of equal sizes.
+    Works on one image or on a batch of equal sizes. Images that already have `size` are returned unchanged.
     """
 
     def __init__(self, size: tuple[int, int], margin: float = 1.0):
@@ -161,10 +168,10 @@ class CenterView:
 
 
 class BatchViews(Dataset):
-    """Views of in-memory images, made for a whole batch at once on `device`.
+    """Views of in-memory images by (epoch, index), made for a whole batch at once on `device`.
 
-    As `data.pretraining_view`, but bilinear. A table of uniform random numbers per epoch, with one row per image,
-    determines crops and mirroring.
+    As `data.pretraining_view`, but random crops are bilinear. Without them (`min_crop` 1), `margin` is that of
+    `CenterView`. A table of uniform random numbers per epoch, with one row per image, determines crops and mirroring.
     """
 
     def __init__(
@@ -188,7 +195,7 @@ class BatchViews(Dataset):
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one view, its label, and True (readable)."""
+        """Return the view of a key (epoch, index), its label, and True (readable)."""
         images, labels, readable = self.__getitems__([key])
         return images[0], labels[0], readable[0]
 

@@ -38,7 +38,11 @@ def positive(text: str) -> int:
 
 
 def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: float, warmup: str, drawn: str) -> None:
-    """Add the flags of the optimisation, with a script's defaults; `drawn` lists what is drawn per micro-batch."""
+    """Add the flags of the optimisation, with a script's defaults.
+
+    For the help texts (%% stands for %): `warmup` is the default warm-up, although the flag is None, and `drawn` lists
+    what is drawn per micro-batch.
+    """
     micro = "images per forward pass and process, whose gradients accumulate (default: all of the step's). "
     micro += f"Each forward pass draws anew: {drawn}"
     add("--epochs", type=int, default=epochs, help="passes over the training images")
@@ -91,7 +95,8 @@ class World:
 def start_world(device: str) -> World:
     """Join the processes of torchrun, if any, and choose the device: `auto`, `cpu`, `cuda`, `mps`, ...
 
-    Without RANK, the other variables come from a job script and are ignored.
+    Without RANK, the other variables come from a job script and are ignored. Ends the script if the device is not
+    available or a variable is missing.
     """
     launched = bool(os.environ.get("RANK"))
     missing = [name for name in TORCHRUN if not os.environ.get(name)]
@@ -162,7 +167,10 @@ def describe_steps(total: int, batch_size: int, micro_batch: int, accumulate: in
 
 
 def batches(loader: DataLoader) -> Iterator[Any]:
-    """Yield the batches of a loader. Frequent failures of its processes end the script with a one-line error."""
+    """Yield the batches of a loader.
+
+    Too little memory, too many open files and unreadable images end the script with a one-line error.
+    """
     try:
         yield from loader
     except UnreadableImage as error:  # from a loader's process, includes a traceback
