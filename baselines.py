@@ -31,8 +31,8 @@ class PixelOutput(NamedTuple):
 class MAE(nn.Module):
     """Masked autoencoder: encode the visible patches, decode all patches, predict the pixels of the masked ones.
 
-    Its authors' decoder for ImageNet has 8 blocks of width 512. They divide the target by the standard deviation of
-    n - 1 numbers, here it is that of n numbers, as in PCAE's target: a factor of 1.0007 for patches of 16 pixels.
+    Its authors' decoder for ImageNet has 8 blocks of width 512. They normalise the target by
+    the unbiased standard deviation, here it is the biased one, as in PCAE: a factor of 1.0007 for patches of 16 pixels.
     Raises ValueError if sizes do not fit together.
     """
 

@@ -58,7 +58,7 @@ def add_flags(add: Callable[..., Any], *, limited: str, size_of: str = "", befor
 
 def add_workers_flag(add: Callable[..., Any]) -> None:
     """Add `--workers`."""
-    text = "processes that load data, per training process; 0: load in the training process"
+    text = "processes that load files, per training process; 0: load in the training process"
     add("--workers", type=int, metavar="N", help=f"{text} (default: one per core, at most 8)")
 
 
@@ -72,7 +72,7 @@ def add_view_flags(add: Callable[..., Any]) -> None:
 
 def add_flip_flag(add: Callable[..., Any]) -> None:
     """Add `--no-flip`, stored as `flip`, a flag of all three training scripts."""
-    text = "never mirror training images (default: left to right with probability 0.5)"
+    text = "never mirror training images (default: left to right with probability 0.5, unless --min-crop is 1)"
     add("--no-flip", dest="flip", action="store_false", help=text)
 
 
@@ -142,7 +142,7 @@ def named_images(
 def at_most(images: Dataset, limit: int | None) -> Dataset:
     """Return `limit` images at random, always the same ones, or all if there are no more.
 
-    The first ones of a sorted folder would share a class.
+    Random, because the first images of a sorted folder share a class.
     """
     if limit is None or limit >= len(images):
         return images
@@ -206,7 +206,7 @@ def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) 
 class RandomErasing(v2.RandomErasing):
     """torchvision's RandomErasing for uint8 pixels: noise with ImageNet's mean and standard deviation.
 
-    Equals the "pixel" mode of MAE and timm, applied before normalisation instead of after it.
+    As the "pixel" mode of MAE and timm, but before normalisation, so the noise is clipped to the range of pixels.
     """
 
     def __init__(self, probability: float):

@@ -1,7 +1,7 @@
 """Detection and instance segmentation: a plain ViT with a feature pyramid and torchvision's Mask R-CNN.
 
 python detect.py                                             from runs/pretrain/last.pt, on synthetic scenes
-python detect.py --init none                                 the same from scratch, for comparison
+python detect.py --init none --layer-decay 1                 the same from scratch, for comparison
 python detect.py --data coco --data-root DIR --recipe coco --init FILE    the poster's setting; FILE: ours or public
 python detect.py --eval runs/detect/best.pt --drop-ratio 0 0.1 0.2        with PTR: AP against speed
 """
@@ -124,7 +124,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 class Detector(MaskRCNN):
-    """Mask R-CNN on a ViTPyramid: a proposal network, a box head of 4 convolutions + 1 linear layer, a mask head.
+    """Mask R-CNN on a ViTPyramid: an RPN, a box head of 4 convolutions + 1 linear layer, a mask head.
 
     Images are lists of float tensors (C, H, W) in [0, 1] of any sizes. The detector normalises, resizes and pads them.
     `num_classes` does not count the background, unlike in torchvision.
@@ -171,7 +171,7 @@ class Detector(MaskRCNN):
         """Return five losses in training, else the boxes, labels, scores, masks (n, 1, H, W) found in each image.
 
         Unlike in torchvision, the backbone gets the size of each image within the padded batch, and PTR. Autocast is
-        for the backbone only: in half precision torchvision's heads would move anchors by pixels.
+        for the backbone only: in half precision torchvision's heads would round anchors to whole pixels.
         """
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         batch, targets = self.transform(images, targets)

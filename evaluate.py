@@ -24,6 +24,7 @@ from model import Classifier, ViT, pool
 from ptr import PTR
 from util import metrics, profiling, runs, training
 
+TOKENS = dict(mean="mean patch token", **{"class": "class token"})  # by --pool
 DATA = (("data",), ("data_root",))  # settings of the checkpoint, unless a flag is given
 
 
@@ -122,9 +123,9 @@ def evaluate_features(
 
         train, val = (metrics.predict(features, loader, normalize, args.precision, world) for loader in loaders)
         if world.is_main:
-            knn, ridge = metrics.knn_accuracy(*train, *val, k=args.knn), metrics.linear_accuracy(*train, *val)
+            knn, ridge = metrics.knn_accuracy(*train, *val, k=args.knn), metrics.ridge_accuracy(*train, *val)
             print(
-                f"top-1 accuracy {knn:.1%} by k-NN (k = {args.knn}), {ridge:.1%} by ridge regression; {by} token, "
+                f"top-1 accuracy {knn:.1%} by k-NN (k = {args.knn}), {ridge:.1%} by ridge regression; {TOKENS[by]}, "
                 f"drop ratio {reduction.drop_ratio:g}, fitted on {len(train[1]):,}, tested on {len(val[1]):,} images"
             )
 

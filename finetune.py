@@ -1,7 +1,7 @@
 """Fine-tune a classifier (panel b of the poster), with PTR if --drop-ratio is set.
 
 python finetune.py                                           from runs/pretrain/last.pt, on synthetic images
-python finetune.py --init none                               the same from scratch, for comparison
+python finetune.py --init none --layer-decay 1               the same from scratch, for comparison
 python finetune.py --linear-probe                            frozen encoder, a linear layer on standardised features
 python finetune.py --data FOLDER --recipe imagenet --init FILE            MAE's recipe; FILE: ours or a public ViT
 """
@@ -28,7 +28,7 @@ import weights
 from model import MODELS, Classifier, ViT
 from util import metrics, runs, training
 
-# Settings of `--recipe`, and with `--linear-probe` of PROBES; flags on the command line override them.
+# Settings of `--recipe`; with `--linear-probe`, PROBES instead of RECIPES. Flags on the command line override them.
 RECIPES = {
     "laptop": {},  # the defaults below
     "imagenet": dict(
@@ -91,15 +91,16 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
     training.add_flags(add, epochs=10, batch_size=64, blr=8e-3, warmup="10 %% of the epochs", drawn=drawn)
-    steps = "repeat the images within an epoch, for about N steps in all (default: 2000 with --label-fraction, else 0)"
-    add("--min-steps", type=int, metavar="N", help=steps)
+    repeats = "use each image N times per epoch (default: 1; with --label-fraction, for about 2,000 steps in all)"
+    add("--repeats", type=training.positive, metavar="N", help=repeats)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
     add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
     add("--smoothing", type=training.ratio, default=0.1, help="label smoothing")
     add("--rand-augment", type=int, default=0, help="strength of RandAugment, 1 to 10; 0: off")
     add("--erasing", type=training.ratio, default=0.0, help="probability of RandomErasing, filled with noise")
-    add("--mixup", type=float, default=0.0, help="alpha of MixUp; 0: off. With --cutmix, each forward pass draws one")
-    add("--cutmix", type=float, default=0.0, help="alpha of CutMix; 0: off")
+    one = "0: off. With both, each forward pass uses one of the two at random"
+    add("--mixup", type=float, default=0.0, help=f"alpha of MixUp; {one}")
+    add("--cutmix", type=float, default=0.0, help=f"alpha of CutMix; {one}")
     return parser
 
 
@@ -109,7 +110,7 @@ def build_encoder(
     checkpoint: dict[str, Any] | None = None,
     is_main: bool = True,
 ) -> ViT:
-    """Build the encoder of `--init`, or a new one; to resume, that of `checkpoint`, still without its weights.
+    """Build the encoder of the run to resume (`checkpoint`, without its weights), else of `--init`, else a new one.
 
     An encoder of `--init` is resized to `asked_size` ([H, W] or [side]) if given. Only the main process prints.
 
@@ -143,8 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     weights.check_flags(runs.given(parser, argv), args.init)
     asked_size = args.image_size  # None: the size in the file
     data.fill_in(args)
-    if args.min_steps is None:
-        args.min_steps = 2000 if args.label_fraction < 1 else 0
     world = training.start_world(args.device)
 
     # 2. Model. The settings of the encoder are recorded as trained. A linear probe needs no more than SGD, because its
@@ -179,8 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     micro_batch, accumulate = training.batch_sizes(batch_size, args.micro_batch, world)
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
-    repeats = max(1, round(args.min_steps / (args.epochs * (len(train) // batch_size))))
-    repeated = data.subset(train, [*range(len(train))] * repeats) if repeats > 1 else train
+    if args.repeats is None:
+        steps = 2000 if args.label_fraction < 1 and not args.dry_run else 0  # chosen in docs/study/length.md
+        args.repeats = max(1, round(steps / (args.epochs * (len(train) // batch_size))))
+    repeated = data.subset(train, [*range(len(train))] * args.repeats) if args.repeats > 1 else train
     views = data.training_views(repeated, size, args.min_crop, augment=augment, **options)
     loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)
     val = data.validation_images(args.data, args.data_root, size, None, args.download, train.classes)
@@ -218,9 +219,11 @@ def main(argv: list[str] | None = None) -> None:
     run = runs.RunFolder(args) if world.is_main else None
     if world.is_main:
         print(f"device  {world.describe()}")
-        print(f"data    {args.data}: {data.describe(train)}, {repeats} x per epoch; {len(val):,} validation images")
+        print(f"data    {args.data}: {data.describe(train)}, {len(val):,} validation images")
         print(f"model   {encoder.describe()}; {model.pool} pooling; class token + {' '.join(map(str, counts))}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
+        if args.repeats > 1:
+            print(f"        each epoch uses each training image {args.repeats} times (--repeats)")
         print(f"to continue after an interruption: python finetune.py --resume {shlex.quote(args.out)}")
 
     # 5. Train. Generators are seeded per step, so resuming is exact.

@@ -51,7 +51,7 @@ RECIPES = {
 # The decoder of MAE's authors, who train for 800 or 1600 epochs.
 RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
-# Flags that have no effect on a method, which rejects them.
+# Flags that a method does not use: they are rejected.
 PCAE_ONLY = {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "ema"}
 MEANINGLESS = dict(pcae=set(), mae=PCAE_ONLY, simmim=PCAE_ONLY | {"decoder_dim", "decoder_depth", "decoder_heads"})
 
@@ -125,7 +125,7 @@ def probe_loaders(args: argparse.Namespace, world: training.World) -> list[DataL
 def probe(
     encoder: ViT, loaders: list[DataLoader], normalize: nn.Module, args: argparse.Namespace, world: training.World
 ) -> dict[str, float]:
-    """Return accuracies in [0, 1] on mean patch tokens: `knn` (k = 20) and `linear`, a ridge-regression probe."""
+    """Return accuracies in [0, 1] on mean patch tokens: `knn` (k = 20) and `ridge`, a ridge-regression probe."""
     encoder.eval()
 
     def features(images: Tensor) -> Tensor:
@@ -133,14 +133,14 @@ def probe(
 
     num_batches = 2 if args.dry_run else None
     sets = [metrics.predict(features, loader, normalize, args.precision, world, num_batches) for loader in loaders]
-    return dict(knn=metrics.knn_accuracy(*sets[0], *sets[1]), linear=metrics.linear_accuracy(*sets[0], *sets[1]))
+    return dict(knn=metrics.knn_accuracy(*sets[0], *sets[1]), ridge=metrics.ridge_accuracy(*sets[0], *sets[1]))
 
 
 def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     parser = arguments()
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=0.15, sets=data.SETS)
-    runs.reject(runs.given(parser, argv) & MEANINGLESS[args.method], f"not used by --method {args.method}, remove")
+    runs.reject(runs.given(parser, argv) & MEANINGLESS[args.method], f"not used by --method {args.method}")
     data.fill_in(args)
     world = training.start_world(args.device)
     micro_batch, accumulate = training.batch_sizes(args.batch_size, args.micro_batch, world)
@@ -255,7 +255,7 @@ def main(argv: list[str] | None = None) -> None:
             content |= dict(optimizer=optimizer.state_dict(), step=step, epoch=epoch + 1, history=history)
             content |= dict(method=args.method, encoder=model.student.arguments, num_images=len(images))
             run.save(content)
-            tqdm.write(runs.describe(row, "epoch", "loss", "target_std", "knn", "linear", "images_per_second"))
+            tqdm.write(runs.describe(row, "epoch", "loss", "target_std", "knn", "ridge", "images_per_second"))
             if warning := metrics.collapse_warning(history, args.epochs):
                 tqdm.write(f"warning: {warning}")
     bar.close()

@@ -27,7 +27,8 @@ def redundancy(x: Tensor) -> Tensor:
     """Return each token's mean cosine similarity to all tokens: (B, N, D) -> (B, N), in float32.
 
     mean_j cos(x_i, x_j) = u_i . mean_j(u_j) with u = x / |x|, so N dot products replace N^2. In half precision,
-    scores at the cut would tie. Autocast runs matrix products in half precision, hence a product and a sum.
+    scores at the cut would tie. Autocast runs matrix products in half precision, hence an element-wise product
+    and a sum.
     """
     u = F.normalize(x.float(), dim=-1)
     return (u * u.mean(dim=1, keepdim=True)).sum(dim=-1)
@@ -145,7 +146,7 @@ def add_flags(add: Callable[..., Any], before: str = "") -> None:
     stages = f"number of times that PTR drops tokens, evenly spread over the blocks (default: {before}3)"
     at = "drop after the first block of each stage (start), after its last (late), or after the first blocks (front)"
     blocks = "0-based blocks to drop after, instead of --drop-stages and --drop-at"
-    criterion = "drop the most redundant tokens (similarity), any (random), or the least redundant (reverse)"
+    criterion = "drop the most redundant tokens (similarity), random ones (random), or the least redundant (reverse)"
     add("--drop-stages", type=int, default=3, metavar="N", help=stages)
     add("--drop-at", default="start", choices=PLACEMENTS, help=f"{at} (default: {before}start)")
     add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help=blocks)

@@ -80,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     masked = "fraction of the patches that are masked (with --masked) (default: the checkpoint's, else 0.75)"
     add("--mask-ratio", type=float, default=0.75, help=masked)
-    ratio = "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; if 0 and no detector: 0.5)"
+    ratio = "fraction of the tokens that PTR drops at each stage (default: the checkpoint's, or 0.5 if 0; a detector's)"
     add("--drop-ratio", type=float, help=ratio)
     ptr.add_flags(add, before="the checkpoint's, else ")
     return parser

@@ -52,7 +52,7 @@ def add_file_flags(add: Callable[..., Any], default: str | None = "student", usu
     `default` is that of `--weights`; `usual` names it in the help text.
     """
     which = f"which encoder of the file to use, if it has both (default: {usual})"
-    heads = "number of attention heads, which a public file does not record (default: as usual for its width)"
+    heads = "number of attention heads, which a public file does not record (default: of the usual ViT of its width)"
     grid = "rows and columns of patches, which a public file does not record (default: a square)"
     pixels = "of pixels in [0, 1], which a public file does not record (default: ImageNet's"
     mean, std = (f"{pixels}, {' '.join(map(str, values))})" for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -222,7 +222,7 @@ def load_encoder(
         if is_moco and heads is None and arguments["dim"] == 384:
             arguments["heads"] = 12  # MoCo v3's ViT-S has twice the usual number
         if not {"norm.weight", "fc_norm.weight"} & tensors.keys():
-            raise ValueError("the final norm is missing: maybe one of several files of a model")
+            raise ValueError("the final norm is missing: is the file one shard of a checkpoint?")
         rows, columns = grid_size(arguments["image_size"], arguments["patch_size"])
         assumed = [] if grid else [f"{rows} x {columns} patches (--grid)"]
         assumed += [] if heads or "relative_positions" in arguments else [f"{arguments['heads']} heads (--heads)"]

@@ -42,7 +42,7 @@ order = Random(1).sample(range(196), 196)
 visible, masked = order[:49], order[49:]
 stages = [masked[:count] for count in (147, 73, 36, 18)]
 
-text(20, 28, "a  Pre-training: predict what the teacher makes of the patches that are worth it", "b")
+text(20, 28, "a  Pre-training: predict the teacher's latents of the retained patches", "b")
 grid(20, 130, {i: "see" if i in visible else "hide" for i in range(196)})
 text(83, 118, "196 patches")
 arrow("154,170 C175,170 175,98 196,98")
@@ -78,11 +78,11 @@ for i, (kind, lines) in enumerate((("see", "196 patches"), ("box", "ViT with PTR
     else:
         box(200 + 200 * (i - 1), 428, 140, 56, kind, lines)
 arrow("342,456 L396,456")
-text(555, 450, "drop .4 at two stages: 9.5 of 17.6 GMACs,", "")
+text(555, 450, "drop 0.4 at two stages: 9.5 of 17.6 GMACs,", "")
 text(555, 472, "the class token is never dropped", "")
 
 text(20, 532, "c  PTR: progressive token reduction, after blocks 0, 4 and 8", "b")
-words = "redundancy of a token = mean cosine similarity to all that are left; the least redundant half goes on"
+words = "redundancy of a token = mean cosine similarity to all remaining tokens; the least redundant half is kept"
 text(20, 562, words, "")
 
 height = 582

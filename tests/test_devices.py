@@ -85,7 +85,7 @@ RUNS = [
     ("pretrain", PRETRAIN | dict(method="simmim", knn_every=1)),
     ("finetune", FINETUNE | PTR | dict(micro_batch=8, mixup=0.8, cutmix=1.0)),
     ("finetune", FINETUNE | dict(linear_probe=True, rand_augment=9, erasing=0.5)),
-    ("finetune", FINETUNE | dict(pool="class", label_fraction=0.5, min_steps=0)),
+    ("finetune", FINETUNE | dict(pool="class", label_fraction=0.5, repeats=1)),
     ("detect", DETECT | PTR | dict(batch_size=2, micro_batch=1, crop_ratio=0.5)),
 ]
 

@@ -224,15 +224,21 @@ def test_steps_that_are_not_finite(tmp_path, folder):
 
 
 def test_few_labels(tmp_path, folder):
-    """A quarter of each class, a batch of at most as many images, and passes over them as --min-steps asks.
+    """A quarter of each class, a batch of at most as many images, and --repeats passes over them per epoch.
 
     The same command resumes.
     """
     settings = SCRATCH | dict(data=folder, label_fraction=0.25)
-    for min_steps, steps in ((6, 6), (0, 2)):
-        checkpoint = train("finetune", tmp_path / str(min_steps), **settings, min_steps=min_steps)
-        assert (checkpoint["num_images"], checkpoint["step"], checkpoint["classes"]) == (12, steps, NAMES)
-        train("finetune", tmp_path / str(min_steps), resume=True, **settings, min_steps=min_steps)
+    for repeats in (1, 3):
+        checkpoint = train("finetune", tmp_path / str(repeats), **settings, repeats=repeats)
+        assert (checkpoint["num_images"], checkpoint["step"], checkpoint["classes"]) == (12, 2 * repeats, NAMES)
+        train("finetune", tmp_path / str(repeats), resume=True, **settings, repeats=repeats)
+
+
+def test_few_labels_are_repeated_for_about_2000_steps(tmp_path):
+    settings = SCRATCH | dict(data="shapes", limit=64, image_size=8, label_fraction=0.5, batch_size=16, min_crop=1)
+    checkpoint = train("finetune", tmp_path, **settings)
+    assert abs(checkpoint["step"] - 2000) <= 10 and checkpoint["num_images"] == 32
 
 
 @pytest.mark.parametrize("by", ["mean", "class"])

@@ -63,9 +63,7 @@ def test_the_linear_probe_is_ridge_regression():
         targets = torch.cat([torch.eye(5)[bank_labels], torch.zeros(10, 5)]).double()
         right = ((y @ torch.linalg.lstsq(rows, targets).solution).argmax(dim=1) == labels).double().mean().item()
         assert 0.4 < right < 0.9
-        assert metrics.linear_accuracy(bank, bank_labels, queries, labels, ridge) == pytest.approx(
-            right, abs=1.5 / 1100
-        )
+        assert metrics.ridge_accuracy(bank, bank_labels, queries, labels, ridge) == pytest.approx(right, abs=1.5 / 1100)
 
 
 def test_topk_accuracy():

@@ -272,7 +272,7 @@ def test_dry_runs_lead_from_script_to_script(tmp_path):
     """With the defaults of each script, except for sizes. pretrain.py also evaluates features."""
     checkpoint = train("pretrain", tmp_path / "a", dry_run=True, image_size=16, limit=256, device="cpu")
     assert checkpoint["step"] == 2
-    assert all(0 <= row[name] <= 1 for row in checkpoint["history"] for name in ("knn", "linear"))
+    assert all(0 <= row[name] <= 1 for row in checkpoint["history"] for name in ("knn", "ridge"))
     init = dict(init=tmp_path / "a/dry-run/last.pt", dry_run=True, device="cpu")
     assert train("finetune", tmp_path / "b", limit=256, **init)["step"] == 2
     small = dict(limit=16, batch_size=2, short_side=32, long_side=32, data_root=tmp_path / "data")

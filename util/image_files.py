@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2 import functional as tvf
 
-try:  # about twice as fast as Pillow; torchvision announced to drop its decoder in favour of torchcodec's
+try:  # about twice as fast as Pillow; torchvision plans to drop its decoder for torchcodec's
     from torchcodec.decoders import decode_jpeg
 except (ImportError, RuntimeError):  # RuntimeError: its libraries are missing
     try:

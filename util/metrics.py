@@ -68,14 +68,17 @@ def spread(direction: Tensor) -> Tensor:
 def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) -> str | None:
     """Return a warning if the last row of a pre-training log shows useless targets, else None.
 
-    Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is more than a tenth below that of
-    the untrained encoder. The second check starts after half of the epochs, because features can be worse at first.
+    Either the targets have collapsed (`target_std` below 0.2), or the k-NN accuracy is below 0.9 times that of the
+    untrained encoder. The second check starts after half of the epochs, because features can be worse at first.
     """
     row, first = history[-1], history[0].get("knn")
     if (row.get("target_std") or 1.0) < 0.2:
         return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
     if first is not None and "knn" in row and 2 * row["epoch"] >= num_epochs and row["knn"] < 0.9 * first:
-        return f"features are worse than before training (k-NN accuracy {row['knn']:.1%}, was {first:.1%})"
+        return (
+            f"the targets may be useless: k-NN accuracy ({row['knn']:.1%}) is below 0.9 times that of the untrained "
+            f"encoder ({first:.1%}), see docs/results.md"
+        )
     return None
 
 
@@ -179,7 +182,7 @@ def knn_accuracy(bank: Tensor, bank_labels: Tensor, queries: Tensor, query_label
     return num_right / len(queries)
 
 
-def linear_accuracy(
+def ridge_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, ridge: float = 1.0
 ) -> float:
     """Return the accuracy in [0, 1] of a ridge-regression probe: one-hot labels regressed on the standardised bank.

@@ -22,8 +22,8 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 # Flags that a resumed run may change. They do not change the result, except by rounding and, with another micro-batch,
-# in what is drawn per micro-batch (drop path, the `random` criterion, MixUp, CutMix). `blr` may change, too, because a
-# diverging run needs a lower one.
+# in what is drawn per micro-batch (drop path, the `random` criterion, MixUp, CutMix, RoIs). `blr` may change, too,
+# because a diverging run needs a lower one.
 FREE = ("data_root", "download", "workers", "device", "micro_batch", "compile", "knn_every", "out", "resume", "blr")
 
 
@@ -48,14 +48,10 @@ def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str
     """Add the flags about the run. `out` is the default folder, `files` lists its files."""
     add = parser.add_argument_group("run").add_argument
     resume = (
-        "continue the run of FILE, or without FILE the run in --out, with its settings; start one if --out has none"
+        "continue the run of FILE or in this folder (default: --out), with its settings; start one if none is there"
     )
-    add(
-        "--recipe",
-        default="laptop",
-        choices=recipes,
-        help="named settings, listed at the top of this script; flags override them",
-    )
+    named = "named settings, listed at the top of this script; flags override them"
+    add("--recipe", default="laptop", choices=recipes, help=named)
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
     add("--resume", nargs="?", const="", metavar="FILE", help=resume)
     add("--dry-run", action="store_true", help="train two steps and evaluate two batches; saved in dry-run below --out")
@@ -66,7 +62,7 @@ def add_device_flags(add: Callable[..., Any]) -> None:
     """Add the flags about device, precision and seed."""
     add("--device", default="auto", help="cpu, cuda, mps, ...; auto: the accelerator if there is one, else cpu")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
-    add("--seed", type=int, default=0, help="seed of all random draws")
+    add("--seed", type=int, default=0, help="seed of weights, views, splits and steps")
 
 
 def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:

@@ -1,4 +1,4 @@
-"""Bound the time that torch's CPU threads spin. Import before torch. Results are the same bits.
+"""Bound the time that torch's CPU threads spin. Import before torch. Does not change results.
 
 torch's threads synchronise after every operation. On Linux, early threads spin until the last one arrives. If another
 program occupies a core, all threads wait for its time slice. With GOMP_SPINCOUNT=700, threads sleep after a few

@@ -43,13 +43,14 @@ def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: flo
     For the help texts (%% stands for %): `warmup` is the default warm-up, although the flag is None, and `drawn` lists
     what is drawn per micro-batch.
     """
-    micro = "images per forward pass and process, whose gradients accumulate (default: all of the step's). "
+    micro = "images per forward pass and process; gradients accumulate (default: no accumulation). "
     micro += f"Each forward pass draws anew: {drawn}"
-    add("--epochs", type=int, default=epochs, help="passes over the training images")
+    linear = "epochs of linear warm-up"
+    add("--epochs", type=int, default=epochs, help="number of epochs")
     add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
     add("--micro-batch", type=positive, help=micro)
     add("--blr", type=float, default=blr, help="base learning rate: lr = blr * batch size / 256")
-    add("--warmup-epochs", type=float, help=f"epochs of linear warm-up (default, and if not below --epochs: {warmup})")
+    add("--warmup-epochs", type=float, help=f"{linear} (default: {warmup}; also used if not less than --epochs)")
     add("--weight-decay", type=float, default=0.05, help="weight decay of matrices, not of biases, norms and tokens")
     add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (total norm); 0: off")
 
@@ -158,7 +159,7 @@ def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple
 
 def describe_steps(total: int, batch_size: int, micro_batch: int, accumulate: int, blr: float, world: World) -> str:
     """Describe number and size of the steps and the peak learning rate."""
-    parts = f"{world.size} process(es) x {accumulate} x {micro_batch}"
+    parts = f"{world.size} process(es) x {accumulate} micro-batch(es) of {micro_batch}"
     peak = f"{blr * batch_size / 256:.3g} = {blr:g} * {batch_size} / 256"
     return f"{total:,}, each {batch_size} images = {parts}; peak learning rate {peak}"
 
