@@ -14,11 +14,11 @@ STORE = Path(__file__).with_name("length.json")
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """k-NN and ridge of a pre-training, on test and on held-out images, or the last top-1 of a fine-tuning."""
+    """Return k-NN and ridge accuracy of a pre-training, or the last top-1 accuracy of a fine-tuning, in %."""
     found = {}
-    for file, metrics in (("knn.txt", ("k-NN", "ridge")), ("held-out.txt", ("k-NN held out", "ridge held out"))):
-        if (run / file).exists():
-            found |= dict(zip(metrics, map(float, re.findall(r"([\d.]+)% by", (run / file).read_text())), strict=True))
+    if (run / "knn.txt").exists():
+        values = map(float, re.findall(r"([\d.]+)% by", (run / "knn.txt").read_text()))
+        found |= dict(zip(("k-NN", "ridge"), values, strict=True))
     if (run / "done").exists():
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         found["top-1"] = round(100 * last["top1"], 2)
