@@ -251,8 +251,8 @@ def crop(image: Tensor, target: Target, top: int, left: int, height: int, width:
 def random_crop(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Crop an image (C, H, W) and its objects as in DETR, at a random place.
 
-    In an image scaled to a shorter side of 400, 500 or 600 pixels, each side of the crop has 384 to 600 pixels, at most
-    the whole side. DETR scales, crops and scales again. Here the crop is cut from the image as it is, so only the model
+    The crop's sides are 384 to 600 pixels (at most the whole side) of the image scaled to a shorter side of 400, 500 or
+    600 pixels. DETR scales, crops and scales again. Here the crop is cut from the image as it is, so only the model
     scales.
     """
 
@@ -305,7 +305,7 @@ def unpack(batch: Packed) -> tuple[list[Tensor], list[Target], Tensor]:
 class DetectionViews(Views):
     """Views by (epoch, index): image uint8 (channels, H, W), target, and whether it was readable; batches are `Packed`.
 
-    `augment` mirrors with probability 0.5 (if `flip`) and crops with probability `crop_ratio`. Without it, an
+    `augment` mirrors with probability 0.5 (if `flip`) and crops with probability `crop_ratio`. Without `augment`, an
     unreadable image is replaced by a blank one without objects and with image id -1.
     """
 

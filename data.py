@@ -67,12 +67,12 @@ def add_view_flags(add: Callable[..., Any]) -> None:
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
     crop = f"smallest area of a random crop, as a fraction of the image; 1: no crops, no mirroring (default: {crops})"
     add("--min-crop", type=float, metavar="FRACTION", help=crop)
-    add_flip_flag(add)
+    add_flip_flag(add, unless=", but never with --min-crop 1")
 
 
-def add_flip_flag(add: Callable[..., Any]) -> None:
-    """Add `--no-flip`, stored as `flip`, a flag of all three training scripts."""
-    text = "never mirror training images (default: left to right with probability 0.5, unless --min-crop is 1)"
+def add_flip_flag(add: Callable[..., Any], unless: str = "") -> None:
+    """Add `--no-flip`, stored as `flip`; `unless` names an exception in the help text."""
+    text = f"never mirror training images (default: left to right with probability 0.5{unless})"
     add("--no-flip", dest="flip", action="store_false", help=text)
 
 
@@ -140,7 +140,7 @@ def named_images(
 
 
 def at_most(images: Dataset, limit: int | None) -> Dataset:
-    """Return `limit` images at random, always the same ones, or all if there are no more.
+    """Return `limit` images at random, always the same ones, or all if there are at most `limit`.
 
     Random, because the first images of a sorted folder share a class.
     """

@@ -61,7 +61,9 @@ RECIPES = {
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
-# Groups of settings that `--eval` takes from the checkpoint, unless a flag of the group is given.
+# Flags that have an effect with `--eval`, and groups of settings that it takes from the checkpoint otherwise.
+EVAL_FLAGS = {"eval", "data", "data_root", "limit", "workers", "short_side", "long_side", "proposals", "dry_run"}
+EVAL_FLAGS |= {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "device", "precision", "seed"}
 FROM_CHECKPOINT = [
     (name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")
 ]
@@ -78,12 +80,8 @@ def arguments() -> argparse.ArgumentParser:
     sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder like COCO's"
     add("--data", default="shapes", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help="folder of coco and of the synthetic scenes")
-    add(
-        "--limit",
-        type=int,
-        metavar="N",
-        help="use only N images to train on and N to test (default: all; shapes: 400, 100)",
-    )
+    limit = "use only N images to train on and N to test (default: all; shapes: 400, 100)"
+    add("--limit", type=training.positive, metavar="N", help=limit)
     data.add_workers_flag(add)
     sides = "shorter side in pixels; of several, training draws one per image and evaluation uses the last"
     add("--short-side", type=int, nargs="+", default=[96], metavar="PIXELS", help=sides)
@@ -97,12 +95,7 @@ def arguments() -> argparse.ArgumentParser:
     drop_path = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
     add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
     add("--channels", type=int, default=64, help="channels of the feature pyramid and of the heads")
-    add(
-        "--anchor",
-        type=int,
-        default=16,
-        help="side in pixels of the anchors of the finest level; each next level doubles it",
-    )
+    add("--anchor", type=int, default=16, help="side in pixels of the smallest anchors; doubles from level to level")
     add("--rois", type=int, default=32, help="RoIs sampled per image in training")
     add("--proposals", type=int, default=100, help="RPN proposals kept in evaluation; twice as many in training")
 
@@ -264,6 +257,7 @@ def find_objects(
 
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDetection, world: training.World) -> None:
     """Print AP, MACs and speed of a detector at each drop ratio (`--eval`)."""
+    training.seed_generators(world.device, args.seed)  # of the criterion `random`
     model = load_detector(args, checkpoint).to(world.device).eval()
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
     encoder, side = model.backbone.encoder, args.short_side[-1]
@@ -295,8 +289,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.eval:
         checkpoint = runs.load(args.eval)
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
-        unused = {"init", "weights", "heads", "grid", "mean", "std", "channels"}
-        runs.reject(runs.given(parser, argv) & unused, "not used with --eval, whose file holds the whole model")
+        runs.reject(runs.given(parser, argv) - EVAL_FLAGS, "not used with --eval")
     elif len(args.drop_ratio) > 1:
         raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
     weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # here: of the pyramid

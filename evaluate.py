@@ -44,11 +44,7 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("model").add_argument
     weights.add_file_flags(add)
-    add(
-        "--pool",
-        choices=weights.POOLS,
-        help="mean of the patch tokens, or class token (default: the file's; with --knn: mean)",
-    )
+    add("--pool", choices=weights.POOLS, help="pooling: patch tokens or class token (default: the file's; --knn: mean)")
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     ratios = "fractions of the tokens that PTR drops at each stage, one row each (default: a classifier's own, else 0)"
@@ -138,6 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     groups = (*DATA, *ptr.FLAG_GROUPS) if first.knn is None else DATA  # with --knn, PTR only if a flag is given
     args = runs.parse_with_checkpoint(parser, argv, checkpoint, groups)
     world = training.start_world(args.device)
+    training.seed_generators(world.device, args.seed)  # of the criterion `random`
 
     # 2. Model
     options = weights.told(args) | dict(image_size=args.image_size and data.sides(args.image_size))

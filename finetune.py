@@ -76,13 +76,10 @@ def arguments() -> argparse.ArgumentParser:
         "--pool",
         default="mean",
         choices=weights.POOLS,
-        help="input of the linear head: mean of the patch tokens, or class token",
+        help="input of the head: mean of the patch tokens, or class token",
     )
-    add(
-        "--linear-probe",
-        action="store_true",
-        help="train only a linear layer, on standardised features of the frozen encoder",
-    )
+    probe = "train only a linear layer, on standardised features; no decay, clipping, smoothing; default --blr: 0.1"
+    add("--linear-probe", action="store_true", help=probe)
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     add("--drop-ratio", type=float, default=0.0, help="fraction of the tokens that PTR drops at each stage")
@@ -91,7 +88,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
     training.add_flags(add, epochs=10, batch_size=64, blr=8e-3, warmup="10 %% of the epochs", drawn=drawn)
-    repeats = "use each image N times per epoch (default: 1; with --label-fraction, for about 2,000 steps in all)"
+    repeats = "use each image N times per epoch (default: 1; with --label-fraction below 1, for about 2,000 steps)"
     add("--repeats", type=training.positive, metavar="N", help=repeats)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
     add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
@@ -129,7 +126,7 @@ def build_encoder(
 def mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
     """Return MixUp, CutMix, a random choice of the two per call, or None if both are 0.
 
-    Maps images (B, C, H, W) and labels (B,) to mixed images and labels (B, classes).
+    The result maps images (B, C, H, W) and labels (B,) to mixed images and labels (B, classes).
     """
     kinds = [v2.MixUp(alpha=mixup, num_classes=num_classes)] if mixup else []
     kinds += [v2.CutMix(alpha=cutmix, num_classes=num_classes)] if cutmix else []
@@ -179,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
     if args.repeats is None:
-        steps = 2000 if args.label_fraction < 1 and not args.dry_run else 0  # chosen in docs/study/length.md
-        args.repeats = max(1, round(steps / (args.epochs * (len(train) // batch_size))))
+        few = args.label_fraction < 1 and not args.dry_run and checkpoint is None  # 2,000: docs/study/length.md
+        args.repeats = max(1, round(2000 * few / (args.epochs * (len(train) // batch_size))))
     repeated = data.subset(train, [*range(len(train))] * args.repeats) if args.repeats > 1 else train
     views = data.training_views(repeated, size, args.min_crop, augment=augment, **options)
     loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)

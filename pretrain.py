@@ -75,16 +75,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--decoder-depth", type=int, default=1, help="number of blocks of the decoder")
     add("--decoder-heads", type=int, default=4, help="number of attention heads of the decoder")
 
-    add = parser.add_argument_group("method").add_argument
+    add = parser.add_argument_group("method (--drop-*, --criterion, --ema: only pcae)").add_argument
     add("--method", default="pcae", choices=MEANINGLESS, help="pre-training method; --blr 0.008 is tuned for pcae")
     add("--mask-ratio", type=float, default=0.75, help="fraction of the patches that are masked")
-    add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that PTR drops at each stage (pcae)")
+    add("--drop-ratio", type=float, default=0.5, help="fraction of the tokens that PTR drops at each stage")
     ptr.add_flags(add)
-    add(
-        "--ema",
-        type=training.ratio,
-        help="teacher momentum of the first step; rises to 1 (pcae) (default: 1 - 30 / steps)",
-    )
+    add("--ema", type=training.ratio, help="first momentum of the teacher, rises to 1 (default: 1 - 30 / steps)")
 
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, the random criterion"

@@ -58,12 +58,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--out", default="picture.png", metavar="FILE", help="image file to write")
     sets = f"show validation images of {', '.join(data.SETS)}, or a folder (default: the checkpoint's, else shapes)"
     add("--data", default="shapes", metavar="NAME", help=sets)
-    add(
-        "--data-root",
-        default="data",
-        metavar="FOLDER",
-        help="folder of torchvision's sets (default: the checkpoint's, else data)",
-    )
+    root = "folder of torchvision's sets (default: the checkpoint's, else data)"
+    add("--data-root", default="data", metavar="FOLDER", help=root)
     add("--limit", type=training.positive, default=8, metavar="N", help="number of images of --data or of each folder")
     add("--masked", action="store_true", help="give PTR only the masked patches, as in pre-training")
     add("--heatmap", action="store_true", help="also show the scores of the tokens")
@@ -80,7 +76,9 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     masked = "fraction of the patches that are masked (with --masked) (default: the checkpoint's, else 0.75)"
     add("--mask-ratio", type=float, default=0.75, help=masked)
-    ratio = "fraction of the tokens that PTR drops at each stage (default: the checkpoint's, or 0.5 if 0; a detector's)"
+    ratio = (
+        "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; a classifier without PTR: 0.5)"
+    )
     add("--drop-ratio", type=float, help=ratio)
     ptr.add_flags(add, before="the checkpoint's, else ")
     return parser
@@ -300,7 +298,8 @@ def main(argv: list[str] | None = None) -> None:
             args.drop_ratio = 0.5  # also show PTR for a checkpoint that drops no tokens
         draw = draw_detections if checkpoint.get("method") == "detect" else draw_checkpoint
         try:
-            save = draw(args, checkpoint, device).save
+            with training.autocast(device, args.precision):
+                save = draw(args, checkpoint, device).save
         except ValueError as error:
             raise SystemExit(f"error: {args.checkpoint}: {error}") from None
     try:

@@ -36,12 +36,8 @@ POOLS = ("mean", "class")  # mean of the patch tokens, or the class token
 def add_init_flags(add: Callable[..., Any]) -> None:
     """Add the flags about the encoder that a run starts from."""
     formats = "our checkpoint or a public MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm ViT"
-    add(
-        "--init",
-        default="runs/pretrain/last.pt",
-        metavar="FILE",
-        help=f"encoder to start from: {formats}; none: random weights",
-    )
+    init = f"encoder to start from: {formats}; none: random weights"
+    add("--init", default="runs/pretrain/last.pt", metavar="FILE", help=init)
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder for --init none")
     add_file_flags(add)
 

@@ -47,14 +47,12 @@ def flag_parser(description: str) -> argparse.ArgumentParser:
 def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str, files: str) -> None:
     """Add the flags about the run. `out` is the default folder, `files` lists its files."""
     add = parser.add_argument_group("run").add_argument
-    resume = (
-        "continue the run of FILE or in this folder (default: --out), with its settings; start one if none is there"
-    )
+    resume = "continue the run in --out, with its settings, or start it if there is none; with FILE: continue that run"
     named = "named settings, listed at the top of this script; flags override them"
     add("--recipe", default="laptop", choices=recipes, help=named)
     add("--out", default=out, metavar="FOLDER", help=f"run folder: {files}")
     add("--resume", nargs="?", const="", metavar="FILE", help=resume)
-    add("--dry-run", action="store_true", help="train two steps and evaluate two batches; saved in dry-run below --out")
+    add("--dry-run", action="store_true", help="train two steps, evaluate a few images, save in dry-run below --out")
     add_device_flags(add)
 
 
@@ -62,7 +60,7 @@ def add_device_flags(add: Callable[..., Any]) -> None:
     """Add the flags about device, precision and seed."""
     add("--device", default="auto", help="cpu, cuda, mps, ...; auto: the accelerator if there is one, else cpu")
     add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: bf16 on CUDA, else fp32")
-    add("--seed", type=int, default=0, help="seed of weights, views, splits and steps")
+    add("--seed", type=int, default=0, help="seed of all random draws")
 
 
 def given(parser: argparse.ArgumentParser, argv: list[str] | None) -> set[str]:

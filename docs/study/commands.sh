@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The runs of docs/study/length.md, in order: prints name, tab, command of all that are not finished. An interrupted run
-# is continued. Two at a time:
+# The runs of docs/study/length.md (not question 5), in order: prints name, tab, command of all that can start and are not
+# finished. An interrupted run is continued. From the repository's folder, two at a time, until nothing is printed:
 #     bash docs/study/commands.sh FASHIONMNIST HELD_OUT RUNS | cut -f 2 | xargs -P 2 -d '\n' -n 1 bash -c
 # FASHIONMNIST: folder with the set's four files; HELD_OUT: folder written by hold_out.py; RUNS: folder for the results
 set -euo pipefail
@@ -63,37 +63,44 @@ for seed in 0 1 2; do
     for name in short scratch pcae-40 mae-36; do finetune data $name $seed labels-0.01 --label-fraction 0.01; done
 done
 
-# Question 3: patches of 2. MAE costs 1.24 times as much per step, no PTR 1.90, PCAE's second decoder block 1.19, MAE's
-# 1.56. Seed 0 chooses the learning rates; the rest uses those of question 1 until then
-two="--limit 20000 --patch-size 2" pcae2=8e-3 mae2=16e-3
+# Question 3: patches of 2. MAE costs 1.24 times as much per step as PCAE, without PTR it is 1.90, PCAE's second decoder
+# block costs 1.19 times PCAE's step, MAE's 1.56 times MAE's. `knn` and `ridge` of metrics.jsonl choose the settings
+two="--limit 20000 --patch-size 2" pcae2="" mae2=""
 for blr in 4e-3 8e-3 16e-3; do pretrain two-pcae-$blr 0 $two --epochs 10 --blr $blr; done
 for blr in 4e-3 8e-3 16e-3 32e-3 64e-3; do pretrain two-mae-$blr 0 $two --method mae --epochs 8 --blr $blr; done
-for ema in 0.99 0.999; do pretrain two-pcae-ema$ema 0 $two --epochs 10 --blr $pcae2 --ema $ema; done
-pretrain two-pcae-decoder2 0 $two --epochs 8 --blr $pcae2 --decoder-depth 2
-pretrain two-mae-decoder2 0 $two --method mae --epochs 5 --blr $mae2 --decoder-depth 2
-for seed in 0 1 2; do
-    pretrain two-pcae-$pcae2 $seed $two --epochs 10 --blr $pcae2
-    pretrain two-mae-$mae2 $seed $two --method mae --epochs 8 --blr $mae2
-    pretrain two-random $seed $two --epochs 10 --blr $pcae2 --criterion random
-    pretrain two-frozen $seed $two --epochs 10 --blr $pcae2 --ema 1
-    pretrain two-no-ptr $seed $two --epochs 5 --blr $pcae2 --drop-ratio 0
-done
+if [ "$pcae2" ]; then
+    for ema in 0.99 0.999; do pretrain two-pcae-ema$ema 0 $two --epochs 10 --blr $pcae2 --ema $ema; done
+    pretrain two-pcae-decoder2 0 $two --epochs 8 --blr $pcae2 --decoder-depth 2
+    pretrain two-mae-decoder2 0 $two --method mae --epochs 5 --blr $mae2 --decoder-depth 2
+    for seed in 0 1 2; do
+        pretrain two-pcae $seed $two --epochs 10 --blr $pcae2
+        pretrain two-mae $seed $two --method mae --epochs 8 --blr $mae2
+        pretrain two-random $seed $two --epochs 10 --blr $pcae2 --criterion random
+        pretrain two-frozen $seed $two --epochs 10 --blr $pcae2 --ema 1
+        pretrain two-no-ptr $seed $two --epochs 5 --blr $pcae2 --drop-ratio 0
+    done
+fi
 
-# Question 6. The learning rate is tuned on 100 scenes and scored on others than the test scenes
-here=$(realpath "${BASH_SOURCE[0]%/*}")
+# Question 6. Learning rates are tuned on 100 scenes and evaluated on others than the test scenes
+here=$(realpath "${BASH_SOURCE[0]%/*}") detection="" scratch=""
 detect() { # shapes or scratch, seed, scenes, split, learning rate
     local run=$runs/$1-$2-scenes-$3-$4-blr$5 init="--init $runs/shapes-$2/last.pt"
     [ "$1" != scratch ] || init="--init none --layer-decay 1"
-    [ -f "$run/done" ] || printf '%s\t%s\n' "${run##*/}" "$one [ -d $runs/scenes-$3-$4 ] \
-|| PYTHONPATH=. python $here/scenes.py $runs/scenes-$3-$4 $3 $4; \
-python detect.py --data $runs/scenes-$3-$4 $init --blr $5 --seed $2 --out $run > $run.log 2>&1 && touch $run/done"
+    [ -f "$run/done" ] || printf '%s\t%s\n' "${run##*/}" "$one \
+python detect.py --resume --data $runs/scenes-$3-$4 $init --blr $5 --seed $2 --out $run >> $run.log 2>&1 && touch $run/done"
 }
+for scenes in 100-tune 50-val 100-val 200-val; do
+    [ -d "$runs/scenes-$scenes" ] || printf '%s\t%s\n' "scenes-$scenes" \
+        "PYTHONPATH=. python $here/scenes.py $runs/scenes-$scenes ${scenes/-/ }"
+done
 for seed in 0 1 2; do
     [ -f "$runs/shapes-$seed/done" ] || printf '%s\t%s\n' "shapes-$seed" "$one \
-python pretrain.py --seed $seed --out $runs/shapes-$seed > $runs/shapes-$seed.log 2>&1 && touch $runs/shapes-$seed/done"
+python pretrain.py --resume --seed $seed --out $runs/shapes-$seed >> $runs/shapes-$seed.log 2>&1 && touch $runs/shapes-$seed/done"
 done
-[ -f "$runs/shapes-0/done" ] || exit 0
+[ -f "$runs/shapes-0/done" ] && [ -d "$runs/scenes-100-tune" ] || exit 0
 for blr in 1.6e-2 3.2e-2 6.4e-2; do for start in shapes scratch; do detect $start 0 100 tune $blr; done; done
+[ "$detection" ] || exit 0
 for scenes in 100 50 200; do for seed in 0 1 2; do
-    for start in shapes scratch; do detect $start $seed $scenes val 3.2e-2; done
+    detect shapes $seed $scenes val $detection
+    detect scratch $seed $scenes val $scratch
 done; done

@@ -14,14 +14,14 @@ STORE = Path(__file__).with_name("length.json")
 
 
 def accuracies(run: Path) -> dict[str, float]:
-    """Return k-NN and ridge accuracy of a pre-training, or the last top-1 accuracy of a fine-tuning, in %."""
+    """Return in % the k-NN and ridge accuracy of a pre-training, or the last metrics of a fine-tuning."""
     found = {}
     if (run / "knn.txt").exists():
         values = map(float, re.findall(r"([\d.]+)% by", (run / "knn.txt").read_text()))
         found |= dict(zip(("k-NN", "ridge"), values, strict=True))
     if (run / "done").exists():
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        found["top-1"] = round(100 * last["top1"], 2)
+        found |= {key: round(100 * last[key], 2) for key in ("top1", "box_ap", "mask_ap") if key in last}
     return found
 
 
