@@ -159,7 +159,7 @@ def check_units(annotations: list[dict[str, Any]]) -> None:
 
 
 def find_annotations(folder: Path, split: str) -> tuple[Path, Path]:
-    """Return the image folder and the annotation file of `split`, train or val. Without one each, end the script."""
+    """Return the image folder and the annotation file of `split`, train or val. Without exactly one, end the script."""
     files = sorted((folder / "annotations").glob(f"instances_{split}*.json"))
     images = [folder / file.stem.removeprefix("instances_") for file in files]
     if len(files) != 1 or not images[0].is_dir():

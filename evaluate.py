@@ -60,7 +60,8 @@ def arguments() -> argparse.ArgumentParser:
 def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size: tuple[int, int]) -> Dataset:
     """Return validation images of `size` (H, W), with labels in the order of the classifier's classes.
 
-    A public file does not record its classes: assumes the order of the class folders, and warns if it is ambiguous.
+    A public file does not record its classes: assumes the class folders in the order of `args.class_order`. Warns if
+    they are numbers whose order by name is not the numeric one.
     """
     options = dict(limit=args.limit, download=args.download)
     known = checkpoint.get("classes")  # None for a public file: assumed to be the data's, in order

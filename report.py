@@ -209,8 +209,9 @@ def at_largest_batch(make_step: Callable[[int], Callable], batch_size: int) -> t
 
 
 def training_cells(args: argparse.Namespace, case: tuple, compiled: bool, first: list) -> tuple[int, str]:
-    """Return the batch size that fits in memory, and the cells of a row.
+    """Measure the training step of `case`, an entry of PRETRAINING: return its batch size and the cells of its row.
 
+    The batch size is `args.batch_size`, halved until it fits in memory. `report` has set `args.peak` and `product`.
     `first` is an empty list for the first row, which fills it with step, batch size and MACs. Later rows take turns
     with this step.
     """

@@ -65,7 +65,10 @@ def told(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_flags(given: set[str], init: str) -> None:
-    """Reject flags about a new encoder if `init` is a file, and flags about a file if `init` is none."""
+    """End the script if flags about a new encoder are given although `init` is a file, or the reverse.
+
+    `given` are names as of `runs.given`. For a new encoder `init` is "none".
+    """
     if init == "none":
         runs.reject(given & {"weights", "heads", "grid", "mean", "std"}, "only for a file, not for --init none")
     else:
@@ -104,7 +107,7 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
 
 
 def fold(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Fold tensors into the equivalent ones that a plain ViT or our BEiT has.
+    """Fold tensors by timm's names into the equivalent ones that a plain ViT or our BEiT has.
 
     LayerScale (`gamma_1`, `gamma_2` of BEiT and CAE, `ls1`, `ls2` of timm and DINOv2) is folded into the layer before,
     `q_bias` and `v_bias` into a bias of qkv. A table of relative positions shared by all blocks is copied to each.
