@@ -325,6 +325,7 @@ class DetectionViews(Views):
         self.augment, self.crop_ratio, self.flip = augment, crop_ratio, flip
 
     def show(self, image: Tensor, target: Target | int) -> tuple[Tensor, Target]:
+        """Return the view of an image (C, H, W) and its target, augmented; -1: the target of an unreadable image."""
         if target == -1:
             target = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), image_id=-1)
             target["masks"] = torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)

@@ -61,13 +61,13 @@ RECIPES = {
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
 
-# Flags that have an effect with `--eval`, and groups of settings that it takes from the checkpoint otherwise.
-EVAL_FLAGS = {"eval", "data", "data_root", "limit", "workers", "short_side", "long_side", "proposals", "dry_run"}
-EVAL_FLAGS |= {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "device", "precision", "seed"}
+# Groups of settings that `--eval` takes from the checkpoint unless a flag of the group is given, and the other flags
+# that it uses.
 FROM_CHECKPOINT = [
-    (name,) for name in ("data", "data_root", "short_side", "long_side", "channels", "anchor", "rois", "proposals")
+    *[(name,) for name in ("data", "data_root", "short_side", "long_side", "proposals")],
+    *ptr.FLAG_GROUPS,
 ]
-FROM_CHECKPOINT += ptr.FLAG_GROUPS
+EVAL_FLAGS = {"eval", "limit", "workers", "dry_run", "device", "precision", "seed"}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -92,8 +92,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
     add("--patch-size", type=int, default=4, help="patch side in pixels, a power of 2, for --init none")
-    drop_path = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
-    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    training.add_drop_path_flag(add)
     add("--channels", type=int, default=64, help="channels of the feature pyramid and of the heads")
     add("--anchor", type=int, default=16, help="side in pixels of the smallest anchors; doubles from level to level")
     add("--rois", type=int, default=32, help="RoIs sampled per image in training")
@@ -101,7 +100,7 @@ def arguments() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     ratios = (
-        "fraction of the patch tokens that PTR drops at each stage; with --eval several (default: the file's, else 0)"
+        "fraction of the patch tokens that PTR drops at each stage; several with --eval (default: its file's, else 0)"
     )
     add("--drop-ratio", type=float, nargs="+", default=[0.0], metavar="RATIO", help=ratios)
     ptr.add_flags(add, before="that of --eval, else ")
@@ -288,11 +287,13 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, sets=("shapes", "coco"))
     if args.eval:
         checkpoint = runs.load(args.eval)
-        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
-        runs.reject(runs.given(parser, argv) - EVAL_FLAGS, "not used with --eval")
-    elif len(args.drop_ratio) > 1:
-        raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
-    weights.check_flags(runs.given(parser, argv) - {"channels"}, args.eval or args.init)  # here: of the pyramid
+        runs.reject(runs.given(parser, argv) - EVAL_FLAGS.union(*FROM_CHECKPOINT), "not used with --eval")
+        sizes = [("channels",), ("anchor",), ("rois",)]  # of the trained heads
+        args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT + sizes)
+    else:
+        if len(args.drop_ratio) > 1:
+            raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
+        weights.check_flags(runs.given(parser, argv) - {"channels"}, args.init)  # here: of the pyramid
     world = training.start_world(args.device)
 
     # 2. Data

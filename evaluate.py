@@ -24,7 +24,7 @@ from model import Classifier, ViT, pool
 from ptr import PTR
 from util import metrics, profiling, runs, training
 
-TOKENS = dict(mean="mean patch token", **{"class": "class token"})  # by --pool
+TOKENS = {"mean": "mean patch token", "class": "class token"}  # by --pool
 DATA = (("data",), ("data_root",))  # settings of the checkpoint, unless a flag is given
 
 

@@ -70,8 +70,7 @@ def arguments() -> argparse.ArgumentParser:
     weights.add_init_flags(add)
     add("--patch-size", type=int, help="patch side in pixels, for --init none (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey, for --init none (default: as the data are)")
-    drop_path = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
-    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    training.add_drop_path_flag(add)
     add(
         "--pool",
         default="mean",
@@ -176,8 +175,9 @@ def main(argv: list[str] | None = None) -> None:
     options = dict(flip=args.flip, channels=args.channels, seed=args.seed, device=world.device)
     augment = data.augmentations(args.rand_augment, args.erasing)
     if args.repeats is None:
-        few = args.label_fraction < 1 and not args.dry_run and checkpoint is None  # 2,000: docs/study/length.md
-        args.repeats = max(1, round(2000 * few / (args.epochs * (len(train) // batch_size))))
+        few = args.label_fraction < 1 and not args.dry_run and checkpoint is None
+        steps = 2000 if few else 0  # chosen in docs/study/length.md
+        args.repeats = max(1, round(steps / (args.epochs * (len(train) // batch_size))))
     repeated = data.subset(train, [*range(len(train))] * args.repeats) if args.repeats > 1 else train
     views = data.training_views(repeated, size, args.min_crop, augment=augment, **options)
     loader = data.training_loader(views, micro_batch, seed=args.seed, workers=args.workers, world=world)

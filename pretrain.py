@@ -69,8 +69,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder")
     add("--patch-size", type=int, help="patch side in pixels (default: 4; stl10: 8; a folder: 16)")
     add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: as the data are)")
-    drop_path = "stochastic depth of the student: probability to skip a branch of its last block (less below)"
-    add("--drop-path", type=training.ratio, default=0.0, metavar="RATE", help=drop_path)
+    training.add_drop_path_flag(add)
     add("--decoder-dim", type=int, default=64, help="width of the decoder")
     add("--decoder-depth", type=int, default=1, help="number of blocks of the decoder")
     add("--decoder-heads", type=int, default=4, help="number of attention heads of the decoder")

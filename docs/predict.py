@@ -1,8 +1,8 @@
 """Predict on paper how fast a GPU trains (the tables in docs/speed.md): PYTHONPATH=. python docs/predict.py
 
 A training step runs on fake tensors, which have shapes but no values, under a dispatch mode that sees each operation
-that PyTorch sends to a device. An operation that only makes a view is no launch. Each launch takes the time of its
-arithmetic or of its memory traffic, whichever is longer.
+that PyTorch sends to a device. An operation that only makes a view does not count as a launch. Each launch takes the
+time of its arithmetic or of its memory traffic, whichever is longer.
 """
 
 import argparse

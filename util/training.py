@@ -55,6 +55,12 @@ def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: flo
     add("--clip-grad", type=float, default=1.0, help="gradient clipping threshold (total norm); 0: off")
 
 
+def add_drop_path_flag(add: Callable[..., Any]) -> None:
+    """Add `--drop-path`, a flag of all three training scripts."""
+    text = "stochastic depth: probability to skip a branch of the last block (less in the blocks below)"
+    add("--drop-path", type=ratio, default=0.0, metavar="RATE", help=text)
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
