@@ -176,16 +176,13 @@ class Detector(MaskRCNN):
         return self.transform.postprocess(found, batch.image_sizes, original_sizes)
 
 
-def build_encoder(args: argparse.Namespace, is_main: bool) -> ViT:
-    """Build the encoder of `--init`, or a new one. Raises ValueError if the file or the sizes do not fit.
-
-    Only the main process prints.
-    """
+def build_encoder(args: argparse.Namespace) -> ViT:
+    """Build the encoder of `--init`, or a new one. Raises ValueError if the file or the sizes do not fit."""
     if args.init == "none":
         size = (16 * args.patch_size,) * 2  # any size: positions are made for the grid of each image
         return ViT(size, args.patch_size, **MODELS[args.model], drop_path=args.drop_path)
     options = weights.told(args) | dict(weights=args.weights, drop_path=args.drop_path)
-    return weights.load_encoder(runs.load(args.init), **options, log=print if is_main else weights.say_nothing)
+    return weights.load_encoder(runs.load(args.init), **options)
 
 
 def build_detector(args: argparse.Namespace, encoder: ViT, num_classes: int, learned_positions: bool) -> Detector:
@@ -268,7 +265,8 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} images evaluated")
     images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
     whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
-    speeds = profiling.speed_ups(whole, reduced, world.device)
+    with training.autocast(world.device, args.precision):
+        speeds = profiling.speed_ups(whole, reduced, world.device)
     square = torch.zeros(1, encoder.arguments["channels"], *[math.ceil(side / 32) * 32] * 2)
     for reduction, (results, seen), (speed, noise) in zip(ptrs, found, speeds, strict=True):
         macs = profiling.count_macs(model.backbone, square, ptr=reduction) / 1e9
@@ -315,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
         if checkpoint is not None:
             model = load_detector(args, checkpoint)  # with its weights
         else:
-            encoder = build_encoder(args, world.is_main)
+            encoder = build_encoder(args)
             model = build_detector(args, encoder, len(train.categories), has_learned_positions(encoder))
         encoder = model.backbone.encoder
         (reduction,) = reductions(args, encoder)

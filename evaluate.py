@@ -139,7 +139,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # 2. Model
     options = weights.told(args) | dict(image_size=args.image_size and data.sides(args.image_size))
-    options["log"] = print if world.is_main else weights.say_nothing
     try:
         if args.knn is not None:
             model = weights.load_encoder(checkpoint, weights=args.weights, **options)
@@ -167,7 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     val = validation_images(args, checkpoint, size)
     if checkpoint.get("classes") not in (None, val.classes) or len(val.classes) != model.head.out_features:
         raise SystemExit(
-            f"error: {args.file} has {model.head.out_features} classes, which are not the classes of --data {args.data}"
+            f"error: {args.file} has {model.head.out_features} classes, --data {args.data} has {len(val.classes)} or "
+            "others: use the data of its training"
         )
     if world.is_main:
         print(f"data    {args.data}: {data.describe(val)}")

@@ -101,16 +101,12 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def build_encoder(
-    args: argparse.Namespace,
-    asked_size: list[int] | None,
-    checkpoint: dict[str, Any] | None = None,
-    is_main: bool = True,
+    args: argparse.Namespace, asked_size: list[int] | None, checkpoint: dict[str, Any] | None = None
 ) -> ViT:
     """Build the encoder of the run to resume (`checkpoint`, without its weights), else of `--init`, else a new one.
 
-    An encoder of `--init` is resized to `asked_size` ([H, W] or [side]) if given. Only the main process prints.
-
-    Raises ValueError if the file or the sizes do not fit.
+    An encoder of `--init` is resized to `asked_size` ([H, W] or [side]) if given. Raises ValueError if the file or the
+    sizes do not fit.
     """
     if checkpoint is not None:
         return beit.build_encoder(checkpoint["encoder"], args.drop_path)
@@ -118,8 +114,7 @@ def build_encoder(
         size, sizes = data.sides(args.image_size), MODELS[args.model]
         return ViT(size, args.patch_size, channels=args.channels, drop_path=args.drop_path, **sizes)
     options = weights.told(args) | dict(image_size=asked_size and data.sides(asked_size), drop_path=args.drop_path)
-    log = print if is_main else weights.say_nothing
-    return weights.load_encoder(runs.load(args.init), weights=args.weights, log=log, **options)
+    return weights.load_encoder(runs.load(args.init), weights=args.weights, **options)
 
 
 def mixing(mixup: float, cutmix: float, num_classes: int) -> nn.Module | None:
@@ -146,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
     # standardised features have equal scales.
     training.seed_generators(torch.device("cpu"), args.seed, "weights")
     try:
-        encoder = build_encoder(args, asked_size, checkpoint, world.is_main)
+        encoder = build_encoder(args, asked_size, checkpoint)
         reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
         counts = ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)
     except ValueError as error:

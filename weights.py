@@ -75,10 +75,6 @@ def check_flags(given: set[str], init: str) -> None:
         runs.reject(given & {"model", "patch_size", "channels"}, f"only for --init none; {init} defines the encoder")
 
 
-def say_nothing(line: str) -> None:
-    """Log nothing: the `log` of all processes but the first."""
-
-
 # --- in ---------------------------------------------------------------------------------------------------------------
 
 
@@ -94,7 +90,7 @@ def find_weights(checkpoint: dict[str, Any], weights: str = "student") -> dict[s
     if not places and other in checkpoint:
         raise ValueError(f"the file holds only the weights of the {other}: use --weights {other}")
     if places and places[0] in averages:
-        print(f"the file holds only an average of the weights ({places[0]}), which is used")
+        runs.print_once(f"the file holds only an average of the weights ({places[0]}), which is used")
     found = checkpoint[places[0]] if places else checkpoint
     tensors = {}
     for name, value in found.items():
@@ -195,14 +191,13 @@ def load_encoder(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     drop_path: float = 0.0,
-    log: Callable[[str], None] = print,
 ) -> ViT:
     """Build the encoder of a loaded checkpoint: ours or a public one of MAE, DINO, DeiT, MoCo v3, CAE, BEiT or timm.
 
     Another `image_size` (H, W) than the checkpoint's resizes the positions, absolute or relative. `heads`, `grid`,
     `mean` and `std` (of pixels) give what a public file does not record; ours does, so other values raise ValueError.
-    `log` gets lines about assumptions, resized positions and matched tensors. Raises ValueError if the file is not a
-    plain ViT or BEiT, is incomplete, or a shape differs.
+    Prints assumptions, resized positions and matched tensors. Raises ValueError if the file is not a plain ViT or BEiT,
+    is incomplete, or a shape differs.
     """
     tensors = find_weights(checkpoint, weights)
     if "encoder" in checkpoint and "config" in checkpoint:  # our files record their settings
@@ -230,21 +225,23 @@ def load_encoder(
         assumed += [f"the {weights} (--weights)"] if {"student", "teacher"} <= checkpoint.keys() else []
         assumed += ["the weights, not their average"] if {"model_ema", "state_dict_ema"} & checkpoint.keys() else []
         if assumed:
-            log(f"found {arguments['depth']} blocks of width {arguments['dim']}; assumed {', '.join(assumed)}")
+            found = f"found {arguments['depth']} blocks of width {arguments['dim']}"
+            runs.print_once(f"{found}; assumed {', '.join(assumed)}")
     encoder = build_encoder(arguments | dict(image_size=image_size or arguments["image_size"]), drop_path)
     old_grid = grid_size(arguments["image_size"], arguments["patch_size"])
     if old_grid != encoder.grid:
-        log(f"positions resized from {' x '.join(map(str, old_grid))} to {' x '.join(map(str, encoder.grid))} patches")
+        old, new = (" x ".join(map(str, grid)) for grid in (old_grid, encoder.grid))
+        runs.print_once(f"positions resized from {old} to {new} patches")
         for name in tensors.keys() & encoder.state_dict().keys():  # not a decoder's positions
             if name.endswith(("pos_embed", TABLE)):
                 resize = resize_table if name.endswith(TABLE) else resize_positions
                 tensors[name] = resize(tensors[name].float(), old_grid, encoder.grid)
-    take_weights(encoder, tensors, log)
+    copy_weights(encoder, tensors)
     return encoder
 
 
-def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], None] = print) -> None:
-    """Copy an encoder's weights from `tensors` and log what matched. Raises ValueError as `load_encoder` does.
+def copy_weights(encoder: ViT, tensors: dict[str, Tensor]) -> None:
+    """Copy an encoder's weights from `tensors` and print what matched. Raises ValueError as `load_encoder` does.
 
     The final norm may be missing, as in a mean-pooled classifier, and biases of qkv, which are then zero.
     """
@@ -266,22 +263,16 @@ def take_weights(encoder: ViT, tensors: dict[str, Tensor], log: Callable[[str], 
     def few(names: list[str]) -> str:
         return f" ({', '.join(names[:4])}{', ...' if len(names) > 4 else ''})" if names else ""
 
-    log(
+    runs.print_once(
         f"weights {len(matched)} of {len(own)} tensors matched; {len(missing)} missing{few(missing)}; "
         f"{len(left_over)} unused{few(left_over)}"
     )
 
 
-def load_classifier(
-    checkpoint: dict[str, Any],
-    *,
-    pool: str | None = None,
-    log: Callable[[str], None] = print,
-    **options: Any,
-) -> Classifier:
+def load_classifier(checkpoint: dict[str, Any], *, pool: str | None = None, **options: Any) -> Classifier:
     """Build the classifier of a loaded checkpoint, ours or public.
 
-    `pool` is `mean` or `class` (None: as the file records), `log` gets lines, `options` are those of `load_encoder`.
+    `pool` is `mean` or `class` (None: as the file records), `options` are those of `load_encoder`.
 
     A public file with `fc_norm` uses mean pooling (MAE). Without `fc_norm`, `pool` must be given. Raises ValueError if
     the file is incompatible or incomplete.
@@ -292,13 +283,13 @@ def load_classifier(
         raise ValueError("the file has no classifier with a linear head (head.weight)")
     known = checkpoint.get("pool") or ("mean" if "fc_norm.weight" in tensors else None)
     if pool not in (None, known or pool):
-        raise ValueError(f"the classifier was trained with --pool {known}")
+        raise ValueError(f"the classifier was trained with --pool {known}, got --pool {pool}: remove the flag")
     if (pool or known) is None:
         raise ValueError("the file does not record the pooling: set --pool class (DeiT, most of timm) or --pool mean")
     top = {name: tensor for name, tensor in tensors.items() if name.startswith(("fc_norm.", "head."))}
     below = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
     ours = {name: checkpoint[name] for name in ("config", "encoder") if name in checkpoint}
-    encoder = load_encoder(ours | dict(model=below), log=log, **options)
+    encoder = load_encoder(ours | dict(model=below), **options)
     by = "mean" if "fc_norm.weight" in tensors else "class"  # by the norm's place; probes have the encoder's
     model = Classifier(encoder, len(head), pool=by, frozen="fc_norm.running_mean" in tensors)
     model.pool = known or pool

@@ -19,7 +19,6 @@ from weights import load_classifier, load_encoder, timm_call, timm_weights
 
 PATCH, GRID, DIM, HEADS, DEPTH = 4, (4, 4), 48, 3, 3
 TABLE, INDEX = "relative_position_bias_table", "relative_position_index"
-quiet = [].append
 
 
 def random_tensors(shapes, seed):
@@ -143,11 +142,11 @@ def test_files_load_as_they_are(tmp_path, kind, wrap):
     torch.save(content | dict(args=argparse.Namespace(lr=1)), tmp_path / "file.pth")
     checkpoint = runs.load(tmp_path / "file.pth")
     heads = HEADS if kind == "absolute" else None  # known from the tables
-    encoder = load_encoder(checkpoint, heads=heads, log=quiet).eval()
+    encoder = load_encoder(checkpoint, heads=heads).eval()
     assert isinstance(encoder, BEiT) == (kind != "absolute")
     close(encoder(images_of()).tokens, reference(student, images_of()))
     if wrap != "model":
-        encoder = load_encoder(checkpoint, weights="teacher", heads=heads, log=quiet).eval()
+        encoder = load_encoder(checkpoint, weights="teacher", heads=heads).eval()
         close(encoder(images_of()).tokens, reference(teacher, images_of()))
 
 
@@ -163,7 +162,7 @@ def test_classifiers(kind, last):
     )
     logits = F.linear(x, HEAD["head.weight"], HEAD["head.bias"])
     pool = "class" if last == ("norm",) else None  # fc_norm means mean pooling
-    close(load_classifier(dict(model=tensors | HEAD), pool=pool, heads=HEADS, log=quiet).eval()(images), logits)
+    close(load_classifier(dict(model=tensors | HEAD), pool=pool, heads=HEADS).eval()(images), logits)
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -175,12 +174,12 @@ def test_timms_beit_computes_the_same(shared):
     theirs = timm.create_model("beit_base_patch16_224", **sizes, **biases).eval()
     for parameter in theirs.parameters():
         parameter += 0.2 * torch.randn_like(parameter)
-    close(load_classifier(theirs.state_dict(), log=quiet).eval()(images_of()), theirs(images_of()))
+    close(load_classifier(theirs.state_dict()).eval()(images_of()), theirs(images_of()))
 
 
 @torch.no_grad()
 def test_cae_loads_into_timms_vit():
-    timm, encoder = pytest.importorskip("timm"), load_encoder(file_of("absolute"), heads=HEADS, log=quiet).eval()
+    timm, encoder = pytest.importorskip("timm"), load_encoder(file_of("absolute"), heads=HEADS).eval()
     theirs = eval(timm_call(encoder), {"timm": timm}).eval()
     theirs.load_state_dict(timm_weights(encoder), strict=True)
     close(theirs.forward_features(images_of()), reference(file_of("absolute"), images_of()))
@@ -190,14 +189,14 @@ def test_cae_loads_into_timms_vit():
 def test_layer_scale_by_timms_names():
     tensors = file_of("absolute")
     renamed = {n.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): t for n, t in tensors.items()}
-    close(load_encoder(renamed, heads=HEADS, log=quiet).eval()(images_of()).tokens, reference(tensors, images_of()))
+    close(load_encoder(renamed, heads=HEADS).eval()(images_of()).tokens, reference(tensors, images_of()))
 
 
 # --- the encoder ------------------------------------------------------------------------------------------------------
 
 
 def beit(grid=GRID, seed=0):
-    return load_encoder(file_of("block", grid, seed), grid=grid, log=quiet).eval()
+    return load_encoder(file_of("block", grid, seed), grid=grid).eval()
 
 
 @pytest.mark.parametrize("class_token", [True, False])
@@ -228,14 +227,14 @@ def test_ptr_also_drops_the_bias_of_dropped_tokens():
 
 
 @torch.no_grad()
-def test_another_image_size():
-    tensors, grid, lines = file_of("block"), (5, 3), []
-    encoder = load_encoder(tensors, image_size=(20, 12), log=lines.append).eval()
+def test_another_image_size(capsys):
+    tensors, grid = file_of("block"), (5, 3)
+    encoder = load_encoder(tensors, image_size=(20, 12)).eval()
     resized = {name: resize_table(t, GRID, grid) if name.endswith(TABLE) else t for name, t in tensors.items()}
-    assert encoder.image_size == (20, 12) and len(lines) == 3
+    assert encoder.image_size == (20, 12) and len(capsys.readouterr().out.splitlines()) == 3
     close(encoder(images_of(grid)).tokens, reference(resized, images_of(grid), grid=grid))
     with pytest.raises(ValueError):
-        load_encoder(tensors, heads=4, log=quiet)
+        load_encoder(tensors, heads=4)
 
 
 @torch.no_grad()
@@ -272,7 +271,7 @@ def test_the_scripts_accept_beit(tmp_path, capsys):
     settings = dict(init=tmp_path / "beit.pth", dry_run=True, device="cpu")
     reduced = dict(limit=128, batch_size=16, drop_ratio=0.3, precision="bf16")
     checkpoint, start = train("finetune", tmp_path / "a", **reduced, **settings), file_of("shared")
-    assert isinstance(load_classifier(checkpoint, log=quiet).encoder, BEiT)
+    assert isinstance(load_classifier(checkpoint).encoder, BEiT)
     tables = [tensor for name, tensor in checkpoint["model"].items() if name.endswith(TABLE)]
     assert len(tables) == DEPTH and not any(table.equal(start[f"rel_pos_bias.{TABLE}"]) for table in tables)
     helpers.evaluate(tmp_path / "a/dry-run/last.pt", drop_ratio=[0, 0.3], limit=32)

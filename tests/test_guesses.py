@@ -18,7 +18,6 @@ from util import runs
 from util.image_files import class_folders
 from weights import find_weights, load_classifier, load_encoder, resize_positions, timm_weights
 
-quiet = [].append
 HALF = (0.5, 0.5, 0.5)
 SIZE = (16, 64)  # 2 x 8 patches: as many as in a grid of 4 x 4
 TOLD = dict(heads=12, grid=[2, 8], mean=[*HALF], std=[*HALF])
@@ -46,7 +45,7 @@ def save_public(path, model):
 def test_positions_of_a_square_are_resized_for_any_grid(size, load):
     """Also for grids with the same number of patches as the square."""
     model = Classifier(ViT((96, 96), 4, dim=192, depth=1, heads=3), 2)
-    encoder = load(dict(model=timm_weights(model)), image_size=size, log=quiet)
+    encoder = load(dict(model=timm_weights(model)), image_size=size)
     expected = resize_positions(model.encoder.pos_embed, (24, 24), (size[0] // 4, size[1] // 4))
     assert F.cosine_similarity(encoder.pos_embed[0, 1:], expected[0, 1:], dim=1).min() > 0.9999
 
@@ -92,9 +91,9 @@ def test_a_part_of_a_larger_model_is_rejected(tmp_path, lacking):
     tensors = timm_weights(Classifier(ViT((16, 16), 4, dim=192, depth=3, heads=3), 2, pool="class"))
     part = {name: tensor for name, tensor in tensors.items() if not name.startswith(lacking)}
     for load, options in ((load_encoder, {}), (load_classifier, dict(pool="class"))):
-        load(dict(model=dict(tensors)), log=quiet, **options)
+        load(dict(model=dict(tensors)), **options)
         with pytest.raises(ValueError):
-            load(dict(model=dict(part)), log=quiet, **options)
+            load(dict(model=dict(part)), **options)
     torch.save(part, tmp_path / "part.pth")
     with pytest.raises(SystemExit, match="part.pth"):
         train("finetune", tmp_path / "run", init=tmp_path / "part.pth", **TINY)
@@ -107,7 +106,7 @@ def test_missing_biases_of_qkv_are_zero():
     for block in vit.blocks:
         block.attn.qkv.bias.zero_()
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(load_encoder(tensors, log=quiet).eval()(images).tokens, vit(images).tokens)
+    torch.testing.assert_close(load_encoder(tensors).eval()(images).tokens, vit(images).tokens)
 
 
 # --- flags beside a file ----------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def test_flags_about_a_file_are_rejected_without_a_file(tmp_path, script, name):
 @pytest.mark.parametrize("told", [dict(std=(0, 0, 0)), dict(mean=(123, 116, 103)), dict(mean=HALF, std=(58, 57, 57))])
 def test_statistics_are_of_pixels_between_0_and_1(grey, told):
     with pytest.raises(ValueError, match="--mean"):
-        load_encoder(runs.load(grey), log=quiet, **told)
+        load_encoder(runs.load(grey), **told)
 
 
 def test_recorded_settings_are_those_of_the_trained_encoder(tmp_path, grey):
@@ -206,7 +205,7 @@ def pretrained(tmp_path_factory):
 @torch.no_grad()
 def assert_statistics(checkpoint, folder, ptr=NO_PTR):
     """Assert that mean and variance are those of the features of all readable training images."""
-    model = load_classifier(checkpoint, log=quiet).eval()
+    model = load_classifier(checkpoint).eval()
     views = helpers.scored(class_folders(folder / "train"), (16, 16))
     images = torch.stack([view for view, _, readable in views if readable])
     features = model.features(data.Normalize()(images), ptr).double()
@@ -266,7 +265,7 @@ def test_an_exported_probe_has_the_accuracy_of_the_probe(tmp_path, capsys, pretr
         torch.testing.assert_close(*(model.eval()(images) for model in models), atol=1e-4, rtol=1e-4)
     assert models[1].encoder.arguments == models[0].encoder.arguments and models[1].pool == by
     with pytest.raises(ValueError, match="--pool"):
-        load_classifier(find_weights(runs.load(exported)), log=quiet)
+        load_classifier(find_weights(runs.load(exported)))
     with pytest.raises(SystemExit, match="--mean"):
         score(capsys, exported, mean=[0.4, 0.5, 0.5])
 
@@ -277,7 +276,7 @@ def test_the_printed_call_of_timm_loads_the_export(tmp_path, capsys, pretrained,
     train("finetune", tmp_path / "run", init=pretrained, linear_probe=True, **TINY)
     helpers.export(tmp_path / "run/last.pt", exported)
     call = capsys.readouterr().out.strip().split("\n")[-1]
-    theirs, ours = eval(call, {"timm": timm}).eval(), load_classifier(runs.load(exported), log=quiet).eval()
+    theirs, ours = eval(call, {"timm": timm}).eval(), load_classifier(runs.load(exported)).eval()
     images = torch.randn(4, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(theirs(images), ours(images), atol=1e-4, rtol=1e-4)

@@ -20,7 +20,6 @@ from weights import infer_arguments, load_classifier, load_encoder, resize_posit
 PATCH, SIZE, GRID, DIM, HEADS = 8, (32, 32), (4, 4), 192, 3
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-4, rtol=1e-4)
 TABLE = "relative_position_bias_table"
-quiet = [].append  # discards the log
 
 
 def random_tensors(shapes, seed):
@@ -121,17 +120,18 @@ FORMATS = {
 
 @pytest.mark.parametrize("name", FORMATS)
 @torch.no_grad()
-def test_files_load_as_they_are(tmp_path, name):
+def test_files_load_as_they_are(tmp_path, name, capsys):
     sets = dict(student=vit_weights(seed=0), teacher=vit_weights(seed=1))
     torch.save(FORMATS[name](*sets.values()), tmp_path / "file.pth")
     checkpoint = runs.load(tmp_path / "file.pth")
     if name not in ("DINO", "MoCo v3", "ours"):
         del sets["teacher"]
         with pytest.raises(ValueError):
-            load_encoder(checkpoint, weights="teacher", log=pytest.fail)
+            load_encoder(checkpoint, weights="teacher")
+        assert not capsys.readouterr().out
     for weights, tensors in sets.items():
-        lines = []  # assumptions about a public file, and matched tensors
-        encoder = load_encoder(checkpoint, weights=weights, log=lines.append).eval()
+        encoder = load_encoder(checkpoint, weights=weights).eval()
+        lines = capsys.readouterr().out.splitlines()  # assumptions about a public file, and matched tensors
         assert encoder.arguments == ARGUMENTS and len(lines) == (1 if name == "ours" else 2)
         assert_close(encoder(images_of()).tokens, reference(tensors, images_of()))
 
@@ -139,7 +139,7 @@ def test_files_load_as_they_are(tmp_path, name):
 @torch.no_grad()
 def test_safetensors(tmp_path):
     pytest.importorskip("safetensors.torch").save_file(vit_weights() | HEAD, tmp_path / "timm.safetensors")
-    encoder = load_encoder(runs.load(tmp_path / "timm.safetensors"), log=quiet).eval()
+    encoder = load_encoder(runs.load(tmp_path / "timm.safetensors")).eval()
     assert_close(encoder(images_of()).tokens, reference(vit_weights(), images_of()))
 
 
@@ -147,9 +147,9 @@ def test_safetensors(tmp_path):
 def test_public_classifiers():
     images, tensors = images_of(), vit_weights() | HEAD
     mae = without(tensors, "norm.") | random_tensors(layers({"fc_norm": (DIM,)}), 6)
-    assert_close(load_classifier(dict(model=mae), log=quiet)(images), reference_logits(mae, images, "mean"))
+    assert_close(load_classifier(dict(model=mae))(images), reference_logits(mae, images, "mean"))
     for pool in ("class", "mean"):  # a `norm` fits both, so the caller must choose
-        model = load_classifier(tensors, pool=pool, log=quiet)
+        model = load_classifier(tensors, pool=pool)
         assert_close(model(images), reference_logits(tensors, images, pool))
 
 
@@ -157,7 +157,7 @@ def test_public_classifiers():
 def test_an_unusual_vit():
     """Another width, MLP and grid; one channel; more than ten blocks; given heads and drop path; half precision."""
     tensors = {name: t.half() for name, t in vit_weights(40, 11, grid=(3, 5), channels=1, hidden=100).items()}
-    encoder = load_encoder(tensors, heads=5, grid=(3, 5), drop_path=0.2, log=quiet)
+    encoder = load_encoder(tensors, heads=5, grid=(3, 5), drop_path=0.2)
     assert encoder.blocks[-1].drop_path.p == 0.2 and encoder.pos_embed.dtype == torch.float32
     tensors, images = {name: tensor.float() for name, tensor in tensors.items()}, images_of((24, 40), channels=1)
     assert_close(encoder.eval()(images).tokens, reference(tensors, images, 5))
@@ -177,7 +177,7 @@ def test_usual_sizes_are_known(name, heads):
 def test_mocos_small_vit_has_twice_the_usual_heads():
     tensors = vit_weights(384, hidden=4 * 384)
     for file, told, heads in ((tensors, None, 6), (moco(tensors, {}), None, 12), (moco(tensors, {}), 4, 4)):
-        encoder = load_encoder(file, heads=told, log=quiet).eval()
+        encoder = load_encoder(file, heads=told).eval()
         assert_close(encoder(images_of()).tokens, reference(tensors, images_of(), heads))
 
 
@@ -195,10 +195,10 @@ def test_another_image_size(says, old):
     tensors, images, size = vit_weights() | HEAD, images_of((24, 40)), (24, 40)
     resized = tensors | dict(pos_embed=resize_positions(tensors["pos_embed"], old, (3, 5)))
     others = {"decoder_pos_embed": torch.ones(1, 5, 64), "neck.pos_embed": torch.ones(1, 16, 8)}  # not resized
-    encoder = load_encoder(dict(model=tensors | others) | says, image_size=size, log=quiet).eval()
+    encoder = load_encoder(dict(model=tensors | others) | says, image_size=size).eval()
     assert encoder.image_size == encoder.arguments["image_size"] == size
     assert_close(encoder(images).tokens, reference(resized, images))
-    model = load_classifier(dict(model=tensors) | says, pool="class", image_size=size, log=quiet)
+    model = load_classifier(dict(model=tensors) | says, pool="class", image_size=size)
     assert_close(model(images), reference_logits(resized, images, "class"))
 
 
@@ -227,13 +227,13 @@ REJECTED = {
 def test_rejected_files(name):
     for load, options in ((load_encoder, {}), (load_classifier, dict(pool="class"))):
         with pytest.raises(ValueError):
-            load(REJECTED[name] | (HEAD if options else {}), log=quiet, **options)
+            load(REJECTED[name] | (HEAD if options else {}), **options)
 
 
 @pytest.mark.parametrize("head", [{}, without(HEAD, "head.bias"), HEAD | {"pre_logits.fc.weight": torch.ones(1)}])
 def test_incomplete_or_nonlinear_heads(head):
     with pytest.raises(ValueError):
-        load_classifier(vit_weights() | head, pool="class", log=quiet)
+        load_classifier(vit_weights() | head, pool="class")
 
 
 KINDS = [None, *(dict(pool=pool, frozen=frozen) for pool in ("mean", "class") for frozen in (False, True))]
@@ -264,11 +264,11 @@ def test_ours_and_exported_weights(kind):
     else:
         options |= dict(num_classes=7, global_pool="avg" if kind["pool"] == "mean" else "token")
         ours = dict(config={}, encoder=model.encoder.arguments, pool=model.pool, model=model.state_dict())
-        for again in (load_classifier(ours, log=quiet), load_classifier(tensors, pool=model.pool, log=quiet, **sizes)):
+        for again in (load_classifier(ours), load_classifier(tensors, pool=model.pool, **sizes)):
             assert_close(again.eval()(images), model(images))
         assert_close(reference_logits(tensors, images, model.pool, 6), model(images))
         with pytest.raises(ValueError):
-            load_classifier(ours, pool="class" if model.pool == "mean" else "mean", log=quiet)
+            load_classifier(ours, pool="class" if model.pool == "mean" else "mean")
     assert all(f"{name}={value!r}" in timm_call(model) for name, value in options.items())
 
 
@@ -295,8 +295,8 @@ def test_recorded_files(key):
     checkpoint = runs.load(RECORDED.with_name(f"{name}.pth"))
     if what == "logits":
         pool = "class" if name == "deit" else None
-        ours = load_classifier(checkpoint, pool=pool, heads=3, log=quiet).eval()(expected["images"])
+        ours = load_classifier(checkpoint, pool=pool, heads=3).eval()(expected["images"])
     else:
         weights = what.replace("tokens", "student")
-        ours = load_encoder(checkpoint, weights=weights, heads=3, log=quiet).eval()(expected["images"]).tokens
+        ours = load_encoder(checkpoint, weights=weights, heads=3).eval()(expected["images"]).tokens
     torch.testing.assert_close(ours, expected[key], atol=1e-5, rtol=0)
