@@ -31,9 +31,9 @@ class PixelOutput(NamedTuple):
 class MAE(nn.Module):
     """Masked autoencoder: encode the visible patches, decode all patches, predict the pixels of the masked ones.
 
-    Its authors' decoder for ImageNet has 8 blocks of width 512. They normalise the target by
-    the unbiased standard deviation, here it is the biased one, as in PCAE: a factor of 1.0007 for patches of 16 pixels.
-    Raises ValueError if sizes do not fit together.
+    Its authors' decoder for ImageNet has 8 blocks of width 512. They normalise the target by the unbiased standard
+    deviation. Here it is the biased one, as in PCAE: a factor of 1.0007 for patches of 16 pixels. Raises ValueError if
+    sizes do not fit together.
     """
 
     def __init__(
@@ -48,9 +48,8 @@ class MAE(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.num_visible = count_visible(student.num_patches, mask_ratio)
-        self.patch_size = student.patch_embed.patch_size
-        num_pixels = student.arguments["channels"] * self.patch_size**2
         self.student = student
+        num_pixels = student.channels * student.patch_size**2
         self.decoder = Decoder(student.grid, student.dim, decoder_dim, decoder_depth, decoder_heads, num_pixels)
 
     def describe(self) -> str:
@@ -64,7 +63,7 @@ class MAE(nn.Module):
         visible, masked = split_patches(noise, self.mask_ratio)
         latent = self.student(images, visible).tokens
         prediction = self.decoder(latent, visible, masked).float()
-        pixels = gather_tokens(patchify(images.float(), self.patch_size), masked)
+        pixels = gather_tokens(patchify(images.float(), self.student.patch_size), masked)
         target = F.layer_norm(pixels, pixels.shape[-1:], eps=1e-6)  # per patch: mean 0, standard deviation 1
         return PixelOutput(F.mse_loss(prediction, target), visible, masked, prediction, target)
 
@@ -80,9 +79,8 @@ class SimMIM(nn.Module):
         super().__init__()
         self.mask_ratio = mask_ratio
         self.num_visible = count_visible(student.num_patches, mask_ratio)
-        self.patch_size = student.patch_embed.patch_size
         self.student = student
-        self.decoder = PixelHead(student.dim, student.arguments["channels"] * self.patch_size**2)
+        self.decoder = PixelHead(student.dim, student.channels * student.patch_size**2)
 
     def describe(self) -> str:
         """Describe in one line how many tokens are encoded."""
@@ -96,7 +94,7 @@ class SimMIM(nn.Module):
         visible, masked = split_patches(noise, self.mask_ratio)
         latent = self.encode(images, visible, masked)
         prediction = self.decoder.pred(latent[:, -masked.shape[1] :]).float()
-        target = gather_tokens(patchify(images.float(), self.patch_size), masked)
+        target = gather_tokens(patchify(images.float(), self.student.patch_size), masked)
         return PixelOutput(F.l1_loss(prediction, target), visible, masked, prediction, target)
 
     def encode(self, images: Tensor, visible: Tensor, masked: Tensor) -> Tensor:

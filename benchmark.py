@@ -228,8 +228,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--image-size", type=int, default=224, help="height and width in pixels")
     add("--patch-size", type=int, default=16, help="patch side in pixels")
     add("--decoder-dim", type=int, help="decoder width (default: two thirds of the encoder's, at most 512)")
-    add("--batch-size", type=int, help=batch)
-    add("--rounds", type=int, default=3, help="timed steps per row, after one untimed")
+    add("--batch-size", type=training.positive, help=batch)
+    add("--rounds", type=training.positive, default=3, help="timed steps per row, after one untimed")
     add("--compile", action="store_true", help="compile the models with torch.compile, which takes minutes per row")
     add("--markdown", metavar="FILE", help="also write the tables to this file")
     add("--report", metavar="FILE", help=page)
@@ -240,8 +240,6 @@ def main(argv: list[str] | None = None) -> None:
     usual = report_models(args.device) if args.report else ["vit_small"]
     models = [args.model] if args.model else usual
     args.model = models[-1]
-    if min(args.batch_size, args.rounds) < 1:
-        raise SystemExit(f"error: expected at least 1, got --batch-size {args.batch_size}, --rounds {args.rounds}")
     try:
         with torch.device("meta"):
             build(args, *PRETRAINING[0][1:-2])

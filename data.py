@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset, default_collate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Subset
 from torchvision.transforms import v2
 
 from model import IMAGENET_MEAN, IMAGENET_STD, ViT
@@ -51,7 +51,8 @@ def add_flags(add: Callable[..., Any], *, limited: str, size_of: str = "", befor
     add("--data", default="shapes", metavar="NAME", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help=root)
     add("--download", action="store_true", help="let torchvision download the data set if it is missing")
-    add("--limit", type=positive, metavar="N", help=f"use only N images, chosen at random, {limited} (default: all)")
+    limit = f"use N images, chosen at random, {limited} (default: all); of shapes, as many as given"
+    add("--limit", type=positive, metavar="N", help=limit)
     add("--image-size", type=int, nargs="+", metavar="PIXELS", help=size)
     add_workers_flag(add)
 
@@ -241,8 +242,6 @@ class Views(Dataset):
     An unreadable image is replaced by another one, drawn at random, with its label. With `replace=False` it is replaced
     by a black one with label -1. Raises UnreadableImage if 20 in a row are unreadable.
     """
-
-    collate = staticmethod(default_collate)
 
     def __init__(
         self, images: Dataset, view: Callable[[Tensor], Tensor], channels: int = 3, seed: int = 0, replace: bool = True

@@ -80,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder like COCO's"
     add("--data", default="shapes", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help="folder of coco and of the synthetic scenes")
-    limit = "use only N images to train on and N to test (default: all; shapes: 400, 100)"
+    limit = "use at most N images to train on and N to test (default: all); shapes: makes max(N, 400) and 100"
     add("--limit", type=training.positive, metavar="N", help=limit)
     data.add_workers_flag(add)
     sides = "shorter side in pixels; of several, training draws one per image and evaluation uses the last"
@@ -141,7 +141,7 @@ class Detector(MaskRCNN):
             max_size=long_side,
             image_mean=normalize.mean.flatten().tolist(),
             image_std=normalize.std.flatten().tolist(),
-            size_divisible=max(STRIDES[-1], backbone.patch_size),
+            size_divisible=max(STRIDES[-1], backbone.encoder.patch_size),
             rpn_anchor_generator=AnchorGenerator([[anchor * 2**i] for i in range(5)], [[0.5, 1.0, 2.0]] * 5),
             rpn_head=RPNHead(c, num_anchors=3),
             rpn_pre_nms_top_n_train=2 * proposals,
@@ -197,7 +197,7 @@ def build_detector(args: argparse.Namespace, encoder: ViT, num_classes: int, lea
 
 def reductions(args: argparse.Namespace, encoder: ViT) -> list[PTR]:
     """Build PTR for each `--drop-ratio`. Raises ValueError if it drops all tokens of the smallest square image."""
-    num_tokens, depth = (min(args.short_side) // encoder.arguments["patch_size"]) ** 2, len(encoder.blocks)
+    num_tokens, depth = (min(args.short_side) // encoder.patch_size) ** 2, len(encoder.blocks)
     found = [ptr.from_args(args, depth, drop_ratio) for drop_ratio in args.drop_ratio]
     for reduction in found:
         ptr.token_counts(num_tokens, depth, reduction)
@@ -258,7 +258,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
     encoder, side = model.backbone.encoder, args.short_side[-1]
     ptrs = reductions(args, encoder)
-    loader = scoring_loader(val, encoder.arguments["channels"], args.workers, world)
+    loader = scoring_loader(val, encoder.channels, args.workers, world)
     found = [find_objects(model, loader, reduction, args.precision, world) for reduction in ptrs]
     if not world.is_main:
         return
@@ -267,7 +267,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
     with training.autocast(world.device, args.precision):
         speeds = profiling.speed_ups(whole, reduced, world.device)
-    square = torch.zeros(1, encoder.arguments["channels"], *[math.ceil(side / 32) * 32] * 2)
+    square = torch.zeros(1, encoder.channels, *[math.ceil(side / 32) * 32] * 2)
     for reduction, (results, seen), (speed, noise) in zip(ptrs, found, speeds, strict=True):
         macs = profiling.count_macs(model.backbone, square, ptr=reduction) / 1e9
         blocks = f"drop ratio {reduction.drop_ratio:g} after blocks {list(reduction.blocks)}"
@@ -320,10 +320,9 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         source = "" if args.init == "none" else f"{args.init}: "
         raise SystemExit(f"error: {source}{error}") from None
-    args.model, args.patch_size = weights.model_name(encoder), encoder.arguments["patch_size"]  # recorded as trained
+    args.model, args.patch_size = weights.model_name(encoder), encoder.patch_size  # recorded as trained
     model.to(world.device)
-    channels = encoder.arguments["channels"]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    channels = encoder.channels
     groups = training.parameter_groups(model, args.weight_decay, args.layer_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), fused=True)
     parallel = DistributedDataParallel(model) if world.is_distributed else model
@@ -391,7 +390,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss = torch.stack([losses[name] for name in LOSSES]).sum()
                 (loss / accumulate).backward()
                 step_metrics.update(loss=loss, **{name: losses[name] for name in LOSSES})
-            grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             steps.append(step_metrics.compute(grad_norm))
             if guard.allows(steps[-1]):
                 optimizer.step()

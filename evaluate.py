@@ -52,7 +52,7 @@ def arguments() -> argparse.ArgumentParser:
     ptr.add_flags(add, before="the classifier's, else ")
 
     add = parser.add_argument_group("run").add_argument
-    add("--batch-size", type=int, default=256, help="images per forward pass and process")
+    add("--batch-size", type=training.positive, default=256, help="images per forward pass and process")
     runs.add_device_flags(add)
     return parser
 
@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> None:
     model.to(world.device).eval()
 
     # 3. Data, evaluation
-    size, args.channels = encoder.image_size, encoder.arguments["channels"]
+    size, args.channels = encoder.image_size, encoder.channels
     scoring = dict(batch_size=args.batch_size, workers=args.workers, world=world)
     if args.knn is not None:
         train = data.labelled_images(args.data, args.data_root, size, args.limit, args.download)

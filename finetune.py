@@ -69,14 +69,10 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     weights.add_init_flags(add)
     add("--patch-size", type=int, help="patch side in pixels, for --init none (default: 4; stl10: 8; a folder: 16)")
-    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey, for --init none (default: as the data are)")
+    channels = "3: colour, 1: grey, for --init none (default: 1 for mnist, fashionmnist, else 3)"
+    add("--channels", type=int, choices=(1, 3), help=channels)
     training.add_drop_path_flag(add)
-    add(
-        "--pool",
-        default="mean",
-        choices=weights.POOLS,
-        help="input of the head: mean of the patch tokens, or class token",
-    )
+    add("--pool", default="mean", choices=weights.POOLS, help="input of the head: mean patch token, or class token")
     probe = "train only a linear layer, on standardised features; no decay, clipping, smoothing; default --blr: 0.1"
     add("--linear-probe", action="store_true", help=probe)
 
@@ -150,12 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     size, args.model = encoder.image_size, weights.model_name(encoder)
     if asked_size is None and args.init != "none":
         args.image_size = list(size)
-    args.patch_size, args.channels = encoder.arguments["patch_size"], encoder.arguments["channels"]
+    args.patch_size, args.channels = encoder.patch_size, encoder.channels
     train = data.labelled_images(args.data, args.data_root, size, args.limit, args.download)
     if args.label_fraction < 1:
         train = data.few_labels(train, args.label_fraction, args.seed)
     model = Classifier(encoder, len(train.classes), pool=args.pool, frozen=args.linear_probe).to(world.device)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay, args.layer_decay)
     if args.linear_probe:
         optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9)
@@ -247,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
                 (loss / accumulate).backward()
                 step_metrics.update(loss=loss)
-            grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             steps.append(step_metrics.compute(grad_norm))
             if guard.allows(steps[-1]):
                 optimizer.step()

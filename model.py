@@ -161,7 +161,10 @@ class Decoder(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(self, tokens: Tensor, visible: Tensor, queried: Tensor) -> Tensor:
-        """Predict (B, Q, out_dim) at patches `queried` (B, Q) from class token and `visible` patches (B, 1 + V, D)."""
+        """Predict (B, Q, out_dim) at the patches `queried` (B, Q).
+
+        `tokens` (B, 1 + V, D) are the class token and the patches `visible` (B, V).
+        """
         cls_position, patch_positions = self.pos_embed[:, :1], self.pos_embed[0, 1:]
         cls, patches = self.embed(tokens).split([1, visible.shape[1]], dim=1)
         masks = self.mask_token + patch_positions[queried]  # (B, Q, dim)
@@ -177,7 +180,7 @@ class Decoder(nn.Module):
 class Encoded(NamedTuple):
     """Output of an encoder: normalised tokens, and the row-major patch index of each patch token.
 
-    `tapped` holds tokens and patch ids after the blocks in `taps`, before PTR drops tokens there.
+    `tapped` holds tokens, not normalised, and patch ids after the blocks in `taps`, before PTR drops tokens there.
     """
 
     tokens: Tensor  # (B, [1 +] n, D)
@@ -212,7 +215,7 @@ class ViT(nn.Module):
         pixels = dict(image_size=tuple(image_size), patch_size=patch_size, channels=channels)
         statistics = dict(mean=tuple(mean), std=tuple(std))  # of its input pixels (`data.Normalize`)
         self.arguments = pixels | sizes | statistics
-        self.image_size = tuple(image_size)
+        self.image_size, self.patch_size, self.channels = tuple(image_size), patch_size, channels
         self.grid = grid_size(image_size, patch_size)
         self.num_patches = math.prod(self.grid)
         self.dim = dim
@@ -301,8 +304,8 @@ class Classifier(nn.Module):
         pool="mean"   mean of the retained patch tokens, then `fc_norm` (the paper, MAE)
         pool="class"  `norm` of the encoder, then the class token (DeiT)
         frozen=True   `norm` of the encoder, pooling, standardisation (`fc_norm`): a linear probe, only `head` trains
-    MAE's probe standardises each batch by BatchNorm. Here finetune.py computes the statistics of all training images
-    once, because the features of a frozen encoder never change.
+    MAE's probe standardises each batch by BatchNorm. Here finetune.py computes mean and variance once, over centre
+    crops of all training images.
     Modifies `encoder` in place. Its parameters become trainable, or none if `frozen`. Its `norm` becomes the identity
     in the first case.
     """

@@ -68,7 +68,7 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--model", default="vit_mini", choices=MODELS, help="size of the encoder")
     add("--patch-size", type=int, help="patch side in pixels (default: 4; stl10: 8; a folder: 16)")
-    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: as the data are)")
+    add("--channels", type=int, choices=(1, 3), help="3: colour, 1: grey (default: 1 for mnist, fashionmnist, else 3)")
     training.add_drop_path_flag(add)
     add("--decoder-dim", type=int, default=64, help="width of the decoder")
     add("--decoder-depth", type=int, default=1, help="number of blocks of the decoder")
@@ -146,7 +146,6 @@ def main(argv: list[str] | None = None) -> None:
         model = build_model(args).to(world.device)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
     parallel = DistributedDataParallel(model) if world.is_distributed else model
@@ -223,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
                 (output.loss / accumulate).backward()
                 step_metrics.update(loss=output.loss)
                 step_metrics.update_spread(target_std=output.target, prediction_std=output.prediction)
-            grad_norm = nn.utils.clip_grad_norm_(trainable, args.clip_grad or math.inf)
+            grad_norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             steps.append(step_metrics.compute(grad_norm))
             if guard.allows(steps[-1]):
                 optimizer.step()
@@ -257,11 +256,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # 7. Summary
     if world.is_main:
-        last, place = (
-            f"{shlex.quote(args.out)}/last.pt",
-            f"{shlex.quote(args.data)} --data-root {shlex.quote(args.data_root)}",
-        )
-        source = "" if args.data == "shapes" else f" --data {place}"
+        last, name, root = map(shlex.quote, (f"{args.out}/last.pt", args.data, args.data_root))
+        source = "" if args.data == "shapes" else f" --data {name} --data-root {root}"
         print(f"student saved in {args.out}/last.pt; next: python finetune.py --init {last}{source}")
 
 

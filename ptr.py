@@ -1,6 +1,6 @@
 """PTR, progressive token reduction (panel c of the poster): drop the most redundant tokens.
 
-Pure functions of tensors, independent of the model, so any transformer can use them:
+Pure functions of tensors, independent of the model, and the scripts' flags at the end. In any transformer:
 
     ptr = PTR(blocks=drop_blocks(depth=12, stages=3), drop_ratio=0.5)   # after blocks 0, 4, 8
     for i, block in enumerate(blocks):

@@ -64,10 +64,9 @@ class ViTPyramid(nn.Module):
             encoder.pos_embed.requires_grad_(learned_positions)
         depth = len(encoder.blocks)
         self.taps = [max(1, round(depth * part)) - 1 for part in (1 / 3, 1 / 2, 2 / 3, 1)]  # 3, 5, 7, 11 of 12
-        self.patch_size = encoder.arguments["patch_size"]
-        if self.patch_size & (self.patch_size - 1):
-            raise ValueError(f"the patch size {self.patch_size} is not a power of 2, which the pyramid needs")
-        self.resample = nn.ModuleList(resample(encoder.dim, self.patch_size, stride) for stride in STRIDES)
+        if encoder.patch_size & (encoder.patch_size - 1):
+            raise ValueError(f"the patch size {encoder.patch_size} is not a power of 2, which the pyramid needs")
+        self.resample = nn.ModuleList(resample(encoder.dim, encoder.patch_size, stride) for stride in STRIDES)
         self.fpn = FeaturePyramidNetwork([encoder.dim] * 4, channels, LastLevelMaxPool(), norm_layer=LayerNorm2d)
 
     def forward(
@@ -78,7 +77,7 @@ class ViTPyramid(nn.Module):
         The maps of STRIDES are named "0" to "3". "pool" has half the size of "3". H and W must be multiples of 32 and
         of the patch size.
         """
-        p = self.patch_size
+        p = self.encoder.patch_size
         grids = [(math.ceil(h / p), math.ceil(w / p)) for h, w in sizes or [images.shape[-2:]] * len(images)]
         shape = len(images), self.encoder.dim, images.shape[2] // p, images.shape[3] // p
         maps = [images.new_zeros(shape) for _ in self.taps]  # zero in the padding

@@ -53,7 +53,6 @@ def build(args: argparse.Namespace, method: type, mask: float, depth: int, sched
 
 def training_step(model: PCAE | MAE | SimMIM, images: Tensor, precision: str, compiled: bool) -> Callable[[], None]:
     """Return the step of pretrain.py without its log, on uint8 images (B, 3, H, W) in the device's memory."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = training.parameter_groups(model, weight_decay=0.05)
     optimizer = torch.optim.AdamW(groups, lr=1e-5, betas=(0.9, 0.95), fused=True)
     normalize = data.Normalize().to(images.device)
@@ -64,7 +63,7 @@ def training_step(model: PCAE | MAE | SimMIM, images: Tensor, precision: str, co
         with training.autocast(images.device, precision):
             output = forward(normalize(images), noise)
         output.loss.backward()
-        nn.utils.clip_grad_norm_(trainable, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if isinstance(model, PCAE):

@@ -77,9 +77,9 @@ def arguments() -> argparse.ArgumentParser:
     masked = "fraction of the patches that are masked (with --masked) (default: the checkpoint's, else 0.75)"
     add("--mask-ratio", type=float, default=0.75, help=masked)
     ratio = (
-        "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; a classifier without PTR: 0.5)"
+        "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; if 0 or unknown, 0.5, but 0"
     )
-    add("--drop-ratio", type=float, help=ratio)
+    add("--drop-ratio", type=float, help=f"{ratio} for a detector)")
     ptr.add_flags(add, before="the checkpoint's, else ")
     return parser
 
@@ -132,9 +132,9 @@ def draw_stages(
     One row per image, with a caption below its first tile; `heatmap` adds the scores of each stage. Seeds torch's
     generators with `seed`, for the `random` criterion. Raises ValueError if `reduction` does not fit.
     """
-    patch_size, device = encoder.patch_embed.patch_size, encoder.cls_token.device
+    patch_size, device = encoder.patch_size, encoder.cls_token.device
     ptr.token_counts(patch_ids.shape[1], len(encoder.blocks), reduction)
-    inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
+    inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.channels))
 
     # One pass: each stage gets what the stage before keeps. With the same seed, `random` draws the same scores again.
     training.seed_generators(device, seed)
@@ -146,7 +146,7 @@ def draw_stages(
     scores = [criterion(tokens[:, num_prefix:]).cpu() for tokens, _ in encoded.tapped.values()]
 
     # The columns, as patches (B, N, 3 p p)
-    images = in_channels(in_channels(images, encoder.arguments["channels"]), 3)
+    images = in_channels(in_channels(images, encoder.channels), 3)
     patches = patchify(images, patch_size)
     grey = patchify(tvf.rgb_to_grayscale(images, 3), patch_size) // 4
     faded = scatter_tokens(grey // 4 + 200, gather_tokens(grey + 100, patch_ids), patch_ids)
@@ -192,7 +192,7 @@ def draw_checkpoint(args: argparse.Namespace, checkpoint: dict[str, Any], device
     captions = []
     if classifier:
         training.seed_generators(device, args.seed)
-        inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.arguments["channels"]))
+        inputs = data.normalize_for(encoder).to(device)(in_channels(images, encoder.channels))
         config = checkpoint.get("config", {}) if "method" in checkpoint else {}
         trained = argparse.Namespace(**vars(args) | dict(drop_ratio=0.0) | config)
         logits = classifier(inputs, ptr=ptr.from_args(trained, depth, single(trained.drop_ratio)))
@@ -227,7 +227,7 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
     model = detect.load_detector(trained, checkpoint).to(device).eval()
     encoder, short_side = model.backbone.encoder, trained.short_side[-1]
     reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
-    ptr.token_counts((short_side // model.backbone.patch_size) ** 2, len(encoder.blocks), reduction)
+    ptr.token_counts((short_side // model.backbone.encoder.patch_size) ** 2, len(encoder.blocks), reduction)
     images = read_images(args.images, args.limit)
     if not images and args.data != "shapes":
         folder = coco.find_annotations(Path(args.data_root if args.data == "coco" else args.data), "val")[0]
@@ -236,7 +236,7 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
     names, tiles = [name for _, name in checkpoint["categories"]], []
     training.seed_generators(device, args.seed)
     for image in images:
-        seen = in_channels(image, encoder.arguments["channels"])
+        seen = in_channels(image, encoder.channels)
         (found,) = model(detect.to_device([seen], device), ptr=reduction)
         sure = found["scores"] >= args.score_threshold
         boxes, labels, scores, masks = (found[name][sure].cpu() for name in ("boxes", "labels", "scores", "masks"))
@@ -290,13 +290,10 @@ def main(argv: list[str] | None = None) -> None:
         device, checkpoint = training.start_world(args.device).device, runs.load(args.checkpoint)
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
         args.drop_ratio = single(args.drop_ratio)
-        if (
-            checkpoint.get("method") != "detect"
-            and not args.drop_ratio
-            and "drop_ratio" not in runs.given(parser, argv)
-        ):
+        is_detector = checkpoint.get("method") == "detect"
+        if not (is_detector or args.drop_ratio or "drop_ratio" in runs.given(parser, argv)):
             args.drop_ratio = 0.5  # also show PTR for a checkpoint that drops no tokens
-        draw = draw_detections if checkpoint.get("method") == "detect" else draw_checkpoint
+        draw = draw_detections if is_detector else draw_checkpoint
         try:
             with training.autocast(device, args.precision):
                 save = draw(args, checkpoint, device).save

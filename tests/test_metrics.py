@@ -27,6 +27,14 @@ def test_directions():
         assert direction.tolist() == pytest.approx(mean) and metrics.spread(direction).item() == pytest.approx(spread)
 
 
+@pytest.mark.parametrize(
+    "target_std, knn, warns", [(0.0, 0.9, True), (0.19, 0.9, True), (0.5, 0.2, True), (0.5, 0.9, False)]
+)
+def test_collapse_and_useless_targets_are_told(target_std, knn, warns):
+    history = [dict(epoch=0, knn=0.5), dict(epoch=2, knn=knn, target_std=target_std)]
+    assert bool(metrics.collapse_warning(history, num_epochs=2)) == warns
+
+
 def features():
     """Return a bank of 300 and 1,100 queries around class centres; channels of different scales, one constant."""
     random = torch.Generator().manual_seed(0)

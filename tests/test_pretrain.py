@@ -246,7 +246,6 @@ MISTAKES = [
     ("--batch-size", dict(batch_size=65)),
     ("--micro-batch", dict(micro_batch=5)),
     ("--device", dict(device="toaster")),
-    ("--epochs", dict(epochs=0)),
     ("--min-crop", dict(min_crop=0)),
 ]
 

@@ -77,12 +77,6 @@ def is_hidden(name: str) -> bool:
     return name.startswith((".", "@"))
 
 
-def is_image_file(path: str) -> bool:
-    """Return whether a path has an image suffix and neither file nor folder is hidden."""
-    folder, name = os.path.split(path)
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name) and not is_hidden(os.path.basename(folder))
-
-
 def list_images(folder: Path) -> tuple[list[str], int]:
     """Return all image files below `folder`, sorted, and the number of other files.
 
@@ -96,7 +90,7 @@ def list_images(folder: Path) -> tuple[list[str], int]:
             continue
         visited.add(place)
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        images = [name for name in files if is_image_file(name)]
+        images = [name for name in files if name.lower().endswith(SUFFIXES) and not is_hidden(name)]
         found += [os.path.join(parent, name) for name in images]
         others += len(files) - len(images)
     return sorted(found), others

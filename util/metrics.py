@@ -72,7 +72,7 @@ def collapse_warning(history: list[dict[str, float | None]], num_epochs: int) ->
     untrained encoder. The second check starts after half of the epochs, because features can be worse at first.
     """
     row, first = history[-1], history[0].get("knn")
-    if (row.get("target_std") or 1.0) < 0.2:
+    if row.get("target_std") is not None and row["target_std"] < 0.2:
         return "nearly all targets point in one direction (collapse): raise --ema or lower --blr"
     if first is not None and "knn" in row and 2 * row["epoch"] >= num_epochs and row["knn"] < 0.9 * first:
         return (

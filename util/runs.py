@@ -149,12 +149,10 @@ def parse_with_checkpoint(
 def settle_epochs(args: argparse.Namespace, warmup_ratio: float) -> None:
     """Set the warm-up to `warmup_ratio` of the epochs if it is not given or not shorter than the run.
 
-    A dry run has 1 epoch. Ends the script if `--epochs` is below 1.
+    A dry run has 1 epoch.
     """
     if args.dry_run:
         args.epochs = 1
-    if args.epochs < 1:
-        raise SystemExit(f"error: --epochs must be 1 or more, got {args.epochs}")
     if args.warmup_epochs is None or args.warmup_epochs >= args.epochs:
         args.warmup_epochs = warmup_ratio * args.epochs
 

@@ -1,8 +1,7 @@
 """Synthetic images of one of ten shapes, and scenes of several, in any number and without a download.
 
-Image `index` of `split` is a function of split, index and image size alone. Each shape is an implicit function of
-object coordinates, u to the right and v down, both about [-1, 1]: negative inside, positive outside, and near the
-outline about the distance to the outline.
+Image `index` of `split` is a function of split, index and image size alone. Each shape is an approximate signed
+distance function (negative inside, positive outside) of object coordinates in about [-1, 1]: u right, v down.
 """
 
 import math

@@ -124,7 +124,7 @@ def resize_matrix(start: Tensor, length: Tensor, before: int, after: int, mirror
 
     The part begins at `start` (B,) and is `length` (B,) pixels long. Bilinear and antialiased, as in Pillow and
     torchvision: a triangle around the centre of each new pixel, cut at the ends of the part and scaled to sum 1. Its
-    half width is a new pixel, or an old one if that is larger. `mirrored` (B,) reverses the new pixels.
+    half-width is the larger of one new and one old pixel. `mirrored` (B,) reverses the new pixels.
     """
     pixels = torch.arange(before, device=start.device) + 0.5
     place = (torch.arange(after, device=start.device) + 0.5) / after  # of each new pixel's centre, from 0 to 1

@@ -1,8 +1,9 @@
 """Bound the time that torch's CPU threads spin. Import before torch. Does not change results.
 
-torch's threads synchronise after every operation. On Linux, early threads spin until the last one arrives. If another
-program occupies a core, all threads wait for its time slice. With GOMP_SPINCOUNT=700, threads sleep after a few
-microseconds instead. vit_mini on two cores, images/s (docs/speed.md; larger models lose nothing on idle cores):
+torch's threads synchronise after every operation. On Linux, threads that finish first spin until the last one has
+finished. If another program occupies a core, all threads wait for its time slice. With GOMP_SPINCOUNT=700, threads
+sleep after a few microseconds instead. vit_mini on two cores, images/s (docs/speed.md; larger models lose nothing on
+idle cores):
 
              idle   one core busy   beside two trainings
     default  2,200  600             19

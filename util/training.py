@@ -46,8 +46,8 @@ def add_flags(add: Callable[..., Any], *, epochs: int, batch_size: int, blr: flo
     micro = "images per forward pass and process; gradients accumulate (default: no accumulation). "
     micro += f"Each forward pass draws anew: {drawn}"
     linear = "epochs of linear warm-up"
-    add("--epochs", type=int, default=epochs, help="number of epochs")
-    add("--batch-size", type=int, default=batch_size, help="images per step, over all processes")
+    add("--epochs", type=positive, default=epochs, help="number of epochs")
+    add("--batch-size", type=positive, default=batch_size, help="images per step, over all processes")
     add("--micro-batch", type=positive, help=micro)
     add("--blr", type=float, default=blr, help="base learning rate: lr = blr * batch size / 256")
     add("--warmup-epochs", type=float, help=f"{linear} (default: {warmup}; also used if not less than --epochs)")
@@ -158,7 +158,8 @@ def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple
     micro_batch = min(micro_batch or local_batch, local_batch)
     if not local_batch or local_batch * world.size != batch_size or local_batch % micro_batch:
         raise SystemExit(
-            f"error: --batch-size {batch_size} is not divisible by {world.size} processes x --micro-batch {micro_batch}"
+            f"error: {batch_size} images per step are not divisible by {world.size} process(es) with micro-batches of "
+            f"{micro_batch}: change --batch-size or --micro-batch"
         )
     return micro_batch, local_batch // micro_batch
 
