@@ -21,7 +21,7 @@ from model import IMAGENET_MEAN, IMAGENET_STD, ViT
 from util.image_files import ImageFiles, UnreadableImage, class_folders
 from util.shapes import Shapes
 from util.small_images import BatchViews, CenterView, InMemory, in_channels, torchvision_set
-from util.training import World, derive_seed, generator, positive
+from util.training import World, derive_seed, generator, positive, to_device
 
 # Data sets by name, with their default settings; util/small_images.py reads them into memory. Any other name is a
 # folder.
@@ -66,7 +66,7 @@ def add_workers_flag(add: Callable[..., Any]) -> None:
 def add_view_flags(add: Callable[..., Any]) -> None:
     """Add `--min-crop`, None by default (see `fill_in`), and `--no-flip`, for random views of training images."""
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
-    crop = f"smallest area of a random crop, as a fraction of the image; 1: no crops, no mirroring (default: {crops})"
+    crop = f"smallest area of a random crop, as a fraction of the image; 1: the evaluation's centre (default: {crops})"
     add("--min-crop", type=float, metavar="FRACTION", help=crop)
     add_flip_flag(add, unless=", but never with --min-crop 1")
 
@@ -196,10 +196,10 @@ def pretraining_view(size: tuple[int, int], min_crop: float, flip: bool = True) 
     """Build the view of pre-training: uint8 (C, H, W) of any size -> uint8 (C, *size).
 
     A random crop of at least the fraction `min_crop` of the area is resized and, if `flip`, mirrored with probability
-    0.5. With `min_crop` 1, the view is the centre of the image, never mirrored.
+    0.5. With `min_crop` 1, the view is the centre crop of the evaluation, never mirrored.
     """
     if min_crop == 1:
-        return CenterView(size)
+        return CenterView(size, evaluation_margin(size))
     crop = v2.RandomResizedCrop(size, (min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     return v2.Compose([crop, v2.RandomHorizontalFlip(0.5 if flip else 0.0)])
 
@@ -291,7 +291,8 @@ def training_views(
     Returns `BatchViews` on `device` for images in memory without `augment`, else `Views`.
     """
     if isinstance(images, InMemory) and not augment:
-        return BatchViews(images, size, min_crop, flip=flip, channels=channels, seed=seed, device=device)
+        options = dict(flip=flip, margin=evaluation_margin(size), channels=channels, seed=seed, device=device)
+        return BatchViews(images, size, min_crop, **options)
     view = v2.Compose([pretraining_view(size, min_crop, flip), *(augment or [])])
     return Views(images, view, channels, seed)
 
@@ -378,5 +379,5 @@ class Normalize(nn.Module):
         self.register_buffer("std", std if channels == 3 else std.mean(0, keepdim=True))
 
     def forward(self, images: Tensor) -> Tensor:
-        images = images.to(self.mean.device, non_blocking=True)
+        images = to_device(images, self.mean.device)
         return (images.float() / 255 - self.mean) / self.std

@@ -219,7 +219,7 @@ def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detec
 
 def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
     """Move uint8 images to the device, as float32 in [0, 1]."""
-    return [image.to(device, non_blocking=True).float() / 255 for image in images]
+    return [training.to_device(image, device).float() / 255 for image in images]
 
 
 def scoring_loader(images: CocoDetection, channels: int, workers: int | None, world: training.World) -> DataLoader:
@@ -291,7 +291,10 @@ def main(argv: list[str] | None = None) -> None:
     else:
         if len(args.drop_ratio) > 1:
             raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
-        weights.check_flags(runs.given(parser, argv) - {"channels"}, args.init)  # here: of the pyramid
+        given = runs.given(parser, argv)
+        weights.check_flags(given - {"channels"}, args.init)  # --channels is that of the pyramid
+        if not args.drop_ratio[0] and "drop_ratio" not in given:
+            runs.reject(given & ptr.SCHEDULE, "not used without --drop-ratio")
     world = training.start_world(args.device)
 
     # 2. Data
@@ -379,10 +382,8 @@ def main(argv: list[str] | None = None) -> None:
                 with waiting:
                     images, targets, readable = coco.unpack(next(batches))
                 unreadable += int((~readable).sum())
-                targets = [
-                    {name: target[name].to(world.device, non_blocking=True) for name in ("boxes", "labels", "masks")}
-                    for target in targets
-                ]
+                names = ("boxes", "labels", "masks")
+                targets = [{name: training.to_device(t[name], world.device) for name in names} for t in targets]
                 if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):

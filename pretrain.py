@@ -52,7 +52,7 @@ RECIPES = {
 RECIPES["mae"] = RECIPES["imagenet"] | dict(method="mae", decoder_depth=8)
 
 # Flags that a method does not use: they are rejected.
-PCAE_ONLY = {"drop_ratio", "drop_stages", "drop_at", "drop_blocks", "criterion", "ema"}
+PCAE_ONLY = ptr.SCHEDULE | {"drop_ratio", "ema"}
 MEANINGLESS = dict(pcae=set(), mae=PCAE_ONLY, simmim=PCAE_ONLY | {"decoder_dim", "decoder_depth", "decoder_heads"})
 
 
@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
             training.seed_generators(world.device, args.seed, "step", step, world.rank)  # drop path, `random`
             split = training.generator(args.seed, "split", step)
             noise = torch.rand(args.batch_size, model.student.num_patches, generator=split)
-            noise = noise[world.rank :: world.size].to(world.device, non_blocking=True)
+            noise = training.to_device(noise[world.rank :: world.size], world.device)
 
             step_metrics = metrics.StepMetrics(accumulate)
             for i, micro_noise in enumerate(noise.chunk(accumulate)):

@@ -136,6 +136,7 @@ def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
 
 # Groups of flags that a checkpoint also records. One given flag overrides the checkpoint for its whole group.
 FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop_ratio",))
+SCHEDULE = {"drop_stages", "drop_at", "drop_blocks", "criterion"}  # without effect at a drop ratio of 0
 
 
 def add_flags(add: Callable[..., Any], before: str = "") -> None:

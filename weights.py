@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
+import ptr
 from beit import BEiT, build_encoder, num_distances, resize_table
 from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT, grid_size
 from util import runs
@@ -372,7 +373,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = load_encoder(checkpoint, weights=args.weights, image_size=size, **told(args))
             known = dict(encoder=model.arguments)
-        runs.save_weights(Path(args.out), timm_weights(model), dict(method="export", config={}) | known)
+        config = checkpoint["config"] if "method" in checkpoint else {}
+        config = {name: config[name] for group in ptr.FLAG_GROUPS for name in group if name in config}
+        runs.save_weights(Path(args.out), timm_weights(model), dict(method="export", config=config) | known)
     except ValueError as error:
         raise SystemExit(f"error: {args.file}: {error}") from None
     print(f"saved {args.out}; timm loads the file by\n  {timm_call(model, args.out)}")

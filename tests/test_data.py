@@ -247,6 +247,10 @@ def test_center_view():
     assert torch.equal(view, square[:, 3:45, 3:45]), "42 of 48 pixels, like 224 of 256"
     assert [data.evaluation_margin((side, 64)) for side in (64, 224, 256)] == [8 / 7, 8 / 7, 1], "as MAE's"
     assert torch.equal(data.pretraining_view((24, 40), min_crop=1)(fits), fits)
+    for images in (numbered(1), InMemory(square[None], [0], [])):
+        options = dict(flip=True, channels=3, seed=0, device=ALONE.device)
+        trained = data.training_views(images, (42, 42), min_crop=1, **options)[0, 0][0]
+        assert torch.equal(trained, view), "training without random crops sees what the evaluation sees"
     for size in ((1, 9), (7, 3), (17, 90)):
         assert (CenterView((33, 21), margin=8 / 7)(torch.full((3, *size), 77).byte()) == 77).all(), "without borders"
     ramp = torch.arange(200)[None, None].expand(3, 100, 200).byte()  # a column's level is its number

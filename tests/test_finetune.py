@@ -137,7 +137,7 @@ def test_starts_from_init(tmp_path, folder, pretrained, weights):
         ("all", dict(pool="class")),
         ("all", dict(drop_ratio=0.5, precision="bf16")),
         ("norm", dict(layer_decay=0, pool="class")),
-        ("none", dict(linear_probe=True, drop_path=0.5, weight_decay=0.3)),
+        ("none", dict(linear_probe=True, weight_decay=0.3)),
     ],
 )
 def test_trained_parameters(tmp_path, folder, pretrained, moving, changes):
@@ -288,6 +288,8 @@ def test_invalid_settings_and_files(tmp_path, folder, pretrained, finished):
     mistakes = [
         ("blocks", new | dict(drop_ratio=0.5, drop_blocks=4)),
         ("--micro-batch", new | dict(micro_batch=5)),
+        ("--criterion", new | dict(criterion="reverse")),
+        ("--layer-decay", new | dict(linear_probe=True, layer_decay=0.5)),
         ("image.size", new | dict(image_size=18)),
         ("nowhere", new | dict(data="nowhere")),
         ("nothing.pt", dict(init="nothing.pt")),

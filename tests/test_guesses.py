@@ -25,11 +25,11 @@ TINY = dict(data="shapes", limit=64, batch_size=16, epochs=1, image_size=16, wor
 
 
 def score(capsys, path, **settings):
-    """Return the output of evaluate.py and the top-1 accuracy in it."""
+    """Return the output of evaluate.py and its first row: drop ratio, tokens, GMACs, top-1 accuracy."""
     capsys.readouterr()
     helpers.evaluate(path, **settings)
     out = capsys.readouterr().out
-    return out, out.split("speed-up\n")[-1].split()[3]
+    return out, out.split("speed-up\n")[-1].split()[:4]
 
 
 def save_public(path, model):
@@ -76,8 +76,8 @@ def test_flags_give_what_the_file_does_not_record(unusual, capsys, left_out):
     """With all flags, top-1 is 100 %. A missing flag is replaced by an assumption, whose line names the flag."""
     told = {name: value for name, value in TOLD.items() if name != left_out}
     path, size = unusual / "public.pth", dict(image_size=[*SIZE])
-    out, top1 = score(capsys, path, data=unusual, pool="class", **size, **told)
-    assert (top1 == "100.0%") == (left_out is None)
+    out, row = score(capsys, path, data=unusual, pool="class", **size, **told)
+    assert (row[-1] == "100.0%") == (left_out is None)
     named = [name for name in TOLD if f"--{name}" in out]
     assert named == ([left_out] if left_out else [])
     assert left_out or load_classifier(runs.load(path), pool="class", **told).encoder.arguments["mean"] == HALF
@@ -229,7 +229,7 @@ def assert_statistics(checkpoint, folder, ptr=NO_PTR):
     ids=str,
 )
 def test_a_probe_standardises_by_its_training_features(tmp_path, folder, pretrained, changes):
-    settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True, drop_path=0.5)
+    settings = TINY | dict(data=folder, limit=None, init=pretrained, linear_probe=True)
     checkpoint = train("finetune", tmp_path, **settings | changes)
     assert_statistics(checkpoint, folder, PTR((0,), 0.5) if "drop_ratio" in changes else NO_PTR)
 
@@ -253,13 +253,13 @@ def test_an_exported_probe_has_the_accuracy_of_the_probe(tmp_path, capsys, pretr
     """The file records its settings. Without the record, an error names the flag to set."""
     if suffix == "safetensors":
         pytest.importorskip("safetensors")
-    probe = dict(linear_probe=True, blr=0.5, pool=by) | TINY | dict(limit=256, epochs=3)
+    probe = dict(linear_probe=True, blr=0.5, pool=by, drop_ratio=0.4, drop_blocks=1) | TINY | dict(limit=256, epochs=3)
     train("finetune", tmp_path / "run", init=pretrained, mean=[*HALF], **probe)
     original, exported = tmp_path / "run/last.pt", tmp_path / f"vit.{suffix}"
     helpers.export(original, exported)
-    top1 = score(capsys, original, limit=500)[1]
+    row = score(capsys, original, limit=500)[1]
     out, again = score(capsys, exported, limit=500)
-    assert again == top1 and not any(f"--{name}" in out for name in (*TOLD, "pool"))
+    assert again == row and row[0] == "0.4" and not any(f"--{name}" in out for name in (*TOLD, "pool"))
     images, models = torch.randn(4, 3, 16, 16), [load_classifier(runs.load(path)) for path in (original, exported)]
     with torch.no_grad():
         torch.testing.assert_close(*(model.eval()(images) for model in models), atol=1e-4, rtol=1e-4)

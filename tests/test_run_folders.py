@@ -114,6 +114,8 @@ def test_a_run_without_a_checkpoint_resumes_with_its_own_settings(tmp_path, scri
     plain = train(script, tmp_path / "run", **SETTINGS[script], seed=5)
     for path in (tmp_path / "run").glob("*.pt"):
         path.unlink()
+    with pytest.raises(SystemExit, match="--seed 5"):
+        train(script, tmp_path / "run", resume=True, seed=6)
     importlib.import_module(script).main(flags(resume=tmp_path / "run"))
     assert_same_run(plain, runs.load(tmp_path / "run/last.pt"))
 

@@ -91,7 +91,7 @@ def parse(
 ) -> tuple[argparse.Namespace, dict[str, Any] | None]:
     """Return the arguments and the checkpoint to resume, if any.
 
-    Later sources override earlier ones: defaults, `--recipe`, the checkpoint, the command line. Rejects flags that
+    Later sources override earlier ones: defaults, `--recipe`, the run to resume, the command line. Rejects flags that
     would change the training of a resumed run. `--data` may change if it is a folder, not one of `sets`, because a
     folder may have moved. For `warmup_ratio` see `settle_epochs`.
     """
@@ -100,26 +100,22 @@ def parse(
     path = Path(first.resume or first.out)
     path = path / "last.pt" if path.is_dir() or not first.resume else path
     begun = path.with_name("args.json")  # of a run interrupted before its first checkpoint
-    if first.resume is not None and not path.exists() and begun.exists():
-        settings = json.loads(begun.read_text(encoding="utf-8")) | dict(out=str(path.parent))
-        parser.set_defaults(**{name: value for name, value in settings.items() if name in first})
-        first.resume = ""
-    if first.resume is None or not (first.resume or path.exists()):
+    if first.resume is None or not (first.resume or path.exists() or begun.exists()):
         args = parser.parse_args(argv)
-        args.resume = first.resume
         settle_epochs(args, warmup_ratio)
         if args.dry_run:
             args.out = str(Path(args.out) / "dry-run")  # separate from a real run
         return args, None
-    checkpoint = load(path)
-    config = checkpoint.get("config", {})
+    checkpoint = load(path) if path.exists() or not begun.exists() else None
+    path = path if checkpoint else begun
+    config = checkpoint.get("config", {}) if checkpoint else json.loads(begun.read_text(encoding="utf-8"))
     unknown = ", ".join(sorted(config.keys() - vars(first).keys()))
-    if "optimizer" not in checkpoint or unknown:
+    if unknown or (checkpoint and "optimizer" not in checkpoint):
         why = f"; unknown settings: {unknown}" if unknown else ""
-        raise SystemExit(f"error: --resume {path}: not a last.pt of this script, cannot be continued{why}")
+        raise SystemExit(f"error: --resume {path}: not a file of this script's runs, cannot be continued{why}")
     parser.set_defaults(**config | dict(out=str(path.parent)))
     args = parser.parse_args(argv)
-    args.resume = str(path)
+    args.resume = str(path) if checkpoint else ""
     settle_epochs(args, warmup_ratio)
     free = {*FREE} if {args.data, config.get("data")} & {*sets} else {*FREE, "data"}
     changed = [name for name, value in config.items() if name not in free and getattr(args, name) != value]
@@ -171,7 +167,7 @@ class RunFolder:
             self.lock = FileLock(self.path / ".lock")  # released by the system even if the process is killed
             self.lock.acquire(blocking=False)
             if args.resume == "":
-                print(f"--resume: no run in {self.path} yet, starting a new one")
+                print(f"--resume: no checkpoint in {self.path} yet, starting from the beginning")
             self.keep_earlier()
             write(self.path / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
         except Timeout:

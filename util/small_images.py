@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, FashionMNIST
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-from util.training import generator
+from util.training import generator, to_device
 
 
 class InMemory(Dataset):
@@ -202,7 +202,7 @@ class BatchViews(Dataset):
     def __getitems__(self, keys: list[tuple[int, int]]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the batch of (epoch, index) keys: views uint8 (B, C, H, W), labels (B,), and True (readable) each."""
         epochs, indices = torch.tensor(keys).unbind(1)
-        images = in_channels(self.images.images[indices].to(self.device, non_blocking=True), self.channels)
+        images = in_channels(to_device(self.images.images[indices], self.device), self.channels)
         if self.min_crop == 1:
             views = self.center(images)
         else:
@@ -210,7 +210,7 @@ class BatchViews(Dataset):
             for epoch in epochs.unique().tolist():
                 chosen = epochs == epoch
                 boxes[chosen], mirrored[chosen] = (rows[indices[chosen]] for rows in self.table(epoch))
-            places = (x.to(self.device, non_blocking=True) for x in (boxes, mirrored))
+            places = (to_device(x, self.device) for x in (boxes, mirrored))
             views = resized_crops(images, *places, self.size)
         return views, self.labels[indices], torch.ones(len(keys), dtype=torch.bool)
 

@@ -266,6 +266,11 @@ def seed_generators(device: torch.device, *parts: int | str) -> None:
         torch.get_device_module(device).manual_seed(seed)
 
 
+def to_device(x: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device without waiting, except to a Mac's, where PyTorch may free the source first (pytorch#189690)."""
+    return x.to(device, non_blocking=torch.device(device).type != "mps")
+
+
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager:
     """Return bf16 autocast, enabled by `bf16`, or by `auto` on CUDA devices that support bf16."""
     if precision == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
