@@ -51,7 +51,7 @@ def add_flags(add: Callable[..., Any], *, limited: str, size_of: str = "", befor
     add("--data", default="shapes", metavar="NAME", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help=root)
     add("--download", action="store_true", help="let torchvision download the data set if it is missing")
-    limit = f"use N images, chosen at random, {limited} (default: all); of shapes, as many as given"
+    limit = f"use N images, chosen at random, {limited} (default: all); shapes: make N"
     add("--limit", type=positive, metavar="N", help=limit)
     add("--image-size", type=int, nargs="+", metavar="PIXELS", help=size)
     add_workers_flag(add)
@@ -66,8 +66,8 @@ def add_workers_flag(add: Callable[..., Any]) -> None:
 def add_view_flags(add: Callable[..., Any]) -> None:
     """Add `--min-crop`, None by default (see `fill_in`), and `--no-flip`, for random views of training images."""
     crops = ", ".join(f"{name}: {usual['min_crop']:g}" for name, usual in NAMED.items())
-    crop = f"smallest area of a random crop, as a fraction of the image; 1: the evaluation's centre (default: {crops})"
-    add("--min-crop", type=float, metavar="FRACTION", help=crop)
+    crop = "smallest area of a random crop, as a fraction of the image; 1: the evaluation's centre crop"
+    add("--min-crop", type=float, metavar="FRACTION", help=f"{crop} (default: {crops})")
     add_flip_flag(add, unless=", but never with --min-crop 1")
 
 

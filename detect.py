@@ -80,7 +80,7 @@ def arguments() -> argparse.ArgumentParser:
     sets = "shapes: synthetic scenes, written to --data-root; coco: COCO 2017 in --data-root; or a folder like COCO's"
     add("--data", default="shapes", help=sets)
     add("--data-root", default="data", metavar="FOLDER", help="folder of coco and of the synthetic scenes")
-    limit = "use at most N images to train on and N to test (default: all); shapes: makes max(N, 400) and 100"
+    limit = "use at most N images to train on and N to test (default: all); shapes has max(N, 400) and 100"
     add("--limit", type=training.positive, metavar="N", help=limit)
     data.add_workers_flag(add)
     sides = "shorter side in pixels; of several, training draws one per image and evaluation uses the last"

@@ -73,7 +73,7 @@ def validation_images(args: argparse.Namespace, checkpoint: dict[str, Any], size
         return data.validation_images(args.data, args.data_root, size, **options, classes=by_number)
     if by_number != val.classes:
         orders = [f"{', '.join(names[:3])}, ..." for names in (val.classes, by_number)]
-        print(f"warning: assumed the class order {orders[0]} (with --class-order number: {orders[1]})")
+        runs.print_once(f"warning: assumed the class order {orders[0]} (with --class-order number: {orders[1]})")
     return val
 
 
@@ -166,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
     val = validation_images(args, checkpoint, size)
     if checkpoint.get("classes") not in (None, val.classes) or len(val.classes) != model.head.out_features:
         raise SystemExit(
-            f"error: {args.file} has {model.head.out_features} classes, --data {args.data} has {len(val.classes)} or "
-            "others: use the data of its training"
+            f"error: {args.file} has {model.head.out_features} classes, --data {args.data} has {len(val.classes)}, or "
+            "other names: use the data that the classifier was trained on"
         )
     if world.is_main:
         print(f"data    {args.data}: {data.describe(val)}")

@@ -83,10 +83,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimisation").add_argument
     drawn = "drop path, MixUp, CutMix, the random criterion"
     training.add_flags(add, epochs=10, batch_size=64, blr=8e-3, warmup="10 %% of the epochs", drawn=drawn)
-    repeats = (
-        "use each image N times per epoch (default: 1; with --label-fraction below 1, for about 2,000 steps, or up "
-    )
-    repeats += "to 4,000 if there are fewer than 300 images)"
+    repeats = "use each image N times per epoch (default: 1; with --label-fraction below 1, for about 2,000 steps, "
+    repeats += "or up to 4,000 if the images fill fewer than 5 batches)"
     add("--repeats", type=training.positive, metavar="N", help=repeats)
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
     add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
@@ -135,7 +133,7 @@ def main(argv: list[str] | None = None) -> None:
     weights.check_flags(given, args.init)
     if not args.drop_ratio and "drop_ratio" not in given:
         runs.reject(given & ptr.SCHEDULE, "not used without --drop-ratio")
-    if args.linear_probe:
+    if args.linear_probe and (args.drop_path, args.layer_decay) != (0, 1):
         runs.reject(given & {"drop_path", "layer_decay"}, "not used with --linear-probe, which freezes the encoder")
     asked_size = args.image_size  # None: the size in the file
     data.fill_in(args)

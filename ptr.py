@@ -1,6 +1,6 @@
 """PTR, progressive token reduction (panel c of the poster): drop the most redundant tokens.
 
-Pure functions of tensors, independent of the model, and the scripts' flags at the end. In any transformer:
+The functions are pure and independent of the model; the scripts' flags are at the end. Use in any transformer:
 
     ptr = PTR(blocks=drop_blocks(depth=12, stages=3), drop_ratio=0.5)   # after blocks 0, 4, 8
     for i, block in enumerate(blocks):
@@ -136,7 +136,7 @@ def token_counts(num_tokens: int, depth: int, ptr: PTR) -> list[int]:
 
 # Groups of flags that a checkpoint also records. One given flag overrides the checkpoint for its whole group.
 FLAG_GROUPS = (("drop_stages", "drop_at", "drop_blocks"), ("criterion",), ("drop_ratio",))
-SCHEDULE = {"drop_stages", "drop_at", "drop_blocks", "criterion"}  # without effect at a drop ratio of 0
+SCHEDULE = {*FLAG_GROUPS[0], *FLAG_GROUPS[1]}  # without effect at a drop ratio of 0
 
 
 def add_flags(add: Callable[..., Any], before: str = "") -> None:

@@ -227,7 +227,7 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
     model = detect.load_detector(trained, checkpoint).to(device).eval()
     encoder, short_side = model.backbone.encoder, trained.short_side[-1]
     reduction = ptr.from_args(args, len(encoder.blocks), args.drop_ratio)
-    ptr.token_counts((short_side // model.backbone.encoder.patch_size) ** 2, len(encoder.blocks), reduction)
+    ptr.token_counts((short_side // encoder.patch_size) ** 2, len(encoder.blocks), reduction)
     images = read_images(args.images, args.limit)
     if not images and args.data != "shapes":
         folder = coco.find_annotations(Path(args.data_root if args.data == "coco" else args.data), "val")[0]

@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = load_encoder(checkpoint, weights=args.weights, image_size=size, **told(args))
             known = dict(encoder=model.arguments)
-        config = checkpoint["config"] if "method" in checkpoint else {}
+        config = checkpoint.get("config", {}) if "method" in checkpoint else {}
         config = {name: config[name] for group in ptr.FLAG_GROUPS for name in group if name in config}
         runs.save_weights(Path(args.out), timm_weights(model), dict(method="export", config=config) | known)
     except ValueError as error:

@@ -239,5 +239,7 @@ def test_a_public_grey_encoder_with_learned_positions_is_trained_and_evaluated_a
     tables = capsys.readouterr().out.split("drop ratio ")[1:]
     assert [table.split()[0] for table in tables] == ["0", "0.5"]
     assert all(table.count("Average Precision") == 2 * 6 for table in tables)
+    with pytest.raises(SystemExit, match="--criterion"):  # nothing is dropped
+        run(folder, "unused", drop_ratio=None)
     with pytest.raises(SystemExit, match="--channels"):  # settings of the trained model
         detect.main(flags(eval=folder / "grey" / "last.pt", channels=8, device="cpu"))

@@ -257,10 +257,10 @@ def test_invalid_settings(tmp_path, named, changes):
     assert not (tmp_path / "run").exists(), "an error before anything is written"
 
 
-@pytest.mark.parametrize("name", ["ema", "drop_path"])
-def test_ratios_outside_0_to_1_are_rejected(tmp_path, name, capsys):
+@pytest.mark.parametrize("name, value", [("ema", 1.5), ("drop_path", 1.5), ("epochs", 0), ("batch_size", 0)])
+def test_numbers_out_of_range_are_rejected(tmp_path, name, value, capsys):
     with pytest.raises(SystemExit):
-        pretrained(tmp_path / "run", **{name: 1.5})
+        pretrained(tmp_path / "run", **{name: value})
     assert f"--{name.replace('_', '-')}" in capsys.readouterr().err
 
 

@@ -78,7 +78,8 @@ def test_what_cannot_be_resumed(run, tmp_path):
     last = runs.load(run / "last.pt")
     runs.save(tmp_path / "flags.pt", last | dict(config=last["config"] | dict(other=1)))
     torch.save({"head.weight": torch.zeros(2)}, tmp_path / "weights.pt")
-    for path in (tmp_path / "nothing.pt", run / "best.pt", tmp_path / "flags.pt", tmp_path / "weights.pt"):
+    missing = tmp_path / "nothing.pt", run / "nothing.pt"
+    for path in (*missing, run / "best.pt", tmp_path / "flags.pt", tmp_path / "weights.pt"):
         with pytest.raises(SystemExit, match=path.name):
             parse("--resume", path)
 

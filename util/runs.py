@@ -99,29 +99,29 @@ def parse(
     parser.set_defaults(**recipes[first.recipe])
     path = Path(first.resume or first.out)
     path = path / "last.pt" if path.is_dir() or not first.resume else path
-    begun = path.with_name("args.json")  # of a run interrupted before its first checkpoint
-    if first.resume is None or not (first.resume or path.exists() or begun.exists()):
+    begun = path.with_name("args.json")  # all there is of a run that was interrupted before its first checkpoint
+    is_begun = path.name == "last.pt" and not path.exists() and begun.exists()
+    if first.resume is None or not (first.resume or path.exists() or is_begun):
         args = parser.parse_args(argv)
         settle_epochs(args, warmup_ratio)
         if args.dry_run:
             args.out = str(Path(args.out) / "dry-run")  # separate from a real run
         return args, None
-    checkpoint = load(path) if path.exists() or not begun.exists() else None
-    path = path if checkpoint else begun
-    config = checkpoint.get("config", {}) if checkpoint else json.loads(begun.read_text(encoding="utf-8"))
+    checkpoint, path = (None, begun) if is_begun else (load(path), path)
+    config = json.loads(begun.read_text(encoding="utf-8")) if is_begun else checkpoint.get("config", {})
     unknown = ", ".join(sorted(config.keys() - vars(first).keys()))
-    if unknown or (checkpoint and "optimizer" not in checkpoint):
-        why = f"; unknown settings: {unknown}" if unknown else ""
-        raise SystemExit(f"error: --resume {path}: not a file of this script's runs, cannot be continued{why}")
+    if unknown or not (is_begun or "optimizer" in checkpoint):
+        why = f" (unknown settings: {unknown})" if unknown else ""
+        raise SystemExit(f"error: --resume {path}: expected the last.pt or args.json of a run of this script{why}")
     parser.set_defaults(**config | dict(out=str(path.parent)))
     args = parser.parse_args(argv)
-    args.resume = str(path) if checkpoint else ""
+    args.resume = "" if is_begun else str(path)
     settle_epochs(args, warmup_ratio)
     free = {*FREE} if {args.data, config.get("data")} & {*sets} else {*FREE, "data"}
     changed = [name for name, value in config.items() if name not in free and getattr(args, name) != value]
     if changed:
         flags = ", ".join(f"--{name.replace('_', '-')} {config[name]}, not {getattr(args, name)}" for name in changed)
-        raise SystemExit(f"error: --resume {path} was made with {flags}: drop the flag or start a new run")
+        raise SystemExit(f"error: --resume {path} was made with {flags}: drop the flag, or drop --resume for a new run")
     return args, checkpoint
 
 

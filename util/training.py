@@ -158,8 +158,8 @@ def batch_sizes(batch_size: int, micro_batch: int | None, world: World) -> tuple
     micro_batch = min(micro_batch or local_batch, local_batch)
     if not local_batch or local_batch * world.size != batch_size or local_batch % micro_batch:
         raise SystemExit(
-            f"error: {batch_size} images per step are not divisible by {world.size} process(es) with micro-batches of "
-            f"{micro_batch}: change --batch-size or --micro-batch"
+            f"error: {batch_size} images per step are not divisible by {world.size} process(es) x micro-batches of "
+            f"{max(1, micro_batch)}: change --batch-size or --micro-batch"
         )
     return micro_batch, local_batch // micro_batch
 
@@ -267,7 +267,10 @@ def seed_generators(device: torch.device, *parts: int | str) -> None:
 
 
 def to_device(x: Tensor, device: torch.device | str) -> Tensor:
-    """Copy to a device without waiting, except to a Mac's, where PyTorch may free the source first (pytorch#189690)."""
+    """Copy to a device without waiting.
+
+    Copies to MPS wait, because PyTorch may free the source before it is read (pytorch#189690).
+    """
     return x.to(device, non_blocking=torch.device(device).type != "mps")
 
 

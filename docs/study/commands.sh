@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# The runs of docs/study/length.md (not question 5), in order: prints name, tab, command of all that can start and are not
+# The runs of docs/study/length.md, in order: prints name, tab, command of all that can start and are not
 # finished. An interrupted run is continued. From the repository's folder, two at a time, until nothing is printed:
 #     bash docs/study/commands.sh FASHIONMNIST HELD_OUT RUNS | cut -f 2 | xargs -P 2 -d '\n' -n 1 bash -c
 # FASHIONMNIST: folder with the set's four files; HELD_OUT: folder written by hold_out.py; RUNS: folder for the results
 set -euo pipefail
-data="--data fashionmnist --data-root $1" held="--data fashionmnist --data-root $2" runs=$3 one="export OMP_NUM_THREADS=1;"
-mkdir -p "$runs"
+data="--data fashionmnist --data-root $(realpath "$1")" held="--data fashionmnist --data-root $(realpath -m "$2")"
+mkdir -p "$3"
+runs=$(realpath "$3") one="export OMP_NUM_THREADS=1;"
 
 pretrain() { # name, seed, flags: pre-train, then evaluate the features on the test images
     local run=$runs/$1-$2
@@ -79,8 +80,12 @@ for seed in 0 1 2; do
 done
 
 # Question 5, in two clones, ../mean and ../whole, whose model.py is changed as length.md says
-[ ! -d ../mean ] || (cd ../mean && for seed in 0 1 2; do pretrain mean $seed --limit 20000 --epochs 10; done)
-[ ! -d ../whole ] || (cd ../whole && for seed in 0 1 2; do pretrain whole $seed --limit 20000 --epochs 9; done)
+threads=$one
+for seed in 0 1 2; do
+    one="cd $(realpath -m ../mean); $threads"; [ ! -d ../mean ] || pretrain mean $seed --limit 20000 --epochs 10
+    one="cd $(realpath -m ../whole); $threads"; [ ! -d ../whole ] || pretrain whole $seed --limit 20000 --epochs 9
+done
+one=$threads
 
 # Question 6. Learning rates are tuned on 100 scenes and evaluated on others than the test scenes
 here=$(realpath "${BASH_SOURCE[0]%/*}") detection="" scratch=""
