@@ -84,7 +84,7 @@ RUNS = [
     ("pretrain", PRETRAIN | dict(method="mae", channels=1)),
     ("pretrain", PRETRAIN | dict(method="simmim", knn_every=1)),
     ("finetune", FINETUNE | PTR | dict(micro_batch=8, mixup=0.8, cutmix=1.0)),
-    ("finetune", FINETUNE | dict(linear_probe=True, rand_augment=9, erasing=0.5)),
+    ("finetune", FINETUNE | dict(linear_probe=True, drop_path=0, rand_augment=9, erasing=0.5)),
     ("finetune", FINETUNE | dict(pool="class", label_fraction=0.5, repeats=1)),
     ("detect", DETECT | PTR | dict(batch_size=2, micro_batch=1, crop_ratio=0.5)),
 ]
@@ -104,7 +104,7 @@ STEPS = [
     ("pretrain", PRETRAIN | dict(method="simmim")),
     ("finetune", FINETUNE),
     ("finetune", FINETUNE | PTR | dict(mixup=0.8)),
-    ("finetune", FINETUNE | dict(linear_probe=True)),
+    ("finetune", FINETUNE | dict(linear_probe=True, drop_path=0)),
 ]
 
 
