@@ -217,7 +217,7 @@ def load_detector(args: argparse.Namespace, checkpoint: dict[str, Any]) -> Detec
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def to_device(images: list[Tensor], device: torch.device) -> list[Tensor]:
+def to_inputs(images: list[Tensor], device: torch.device) -> list[Tensor]:
     """Move uint8 images to the device, as float32 in [0, 1]."""
     return [training.to_device(image, device).float() / 255 for image in images]
 
@@ -241,7 +241,7 @@ def find_objects(
         images, targets, readable = coco.unpack(batch)
         if readable.all():
             with training.autocast(world.device, precision):
-                (found,) = model(to_device(images, world.device), ptr=reduction)
+                (found,) = model(to_inputs(images, world.device), ptr=reduction)
             seen.append(targets[0]["image_id"])
             results += coco.coco_results(found, seen[-1], loader.dataset.images.categories)
     results, seen = training.gather_lists(results), training.gather_lists(seen)
@@ -263,7 +263,7 @@ def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDete
     if not world.is_main:
         return
     print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} images evaluated")
-    images = to_device([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
+    images = to_inputs([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
     whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
     with training.autocast(world.device, args.precision):
         speeds = profiling.speed_ups(whole, reduced, world.device)
@@ -387,7 +387,7 @@ def main(argv: list[str] | None = None) -> None:
                 if world.is_distributed:
                     parallel.require_backward_grad_sync = i == accumulate - 1  # average the gradients once per step
                 with training.autocast(world.device, args.precision):
-                    losses = parallel(to_device(images, world.device), targets, reduction)
+                    losses = parallel(to_inputs(images, world.device), targets, reduction)
                 loss = torch.stack([losses[name] for name in LOSSES]).sum()
                 (loss / accumulate).backward()
                 step_metrics.update(loss=loss, **{name: losses[name] for name in LOSSES})

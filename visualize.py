@@ -76,10 +76,9 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument_group("token reduction (PTR)").add_argument
     masked = "fraction of the patches that are masked (with --masked) (default: the checkpoint's, else 0.75)"
     add("--mask-ratio", type=float, default=0.75, help=masked)
-    ratio = (
-        "fraction of the tokens that PTR drops at each stage (default: the checkpoint's; if 0 or unknown, 0.5, but 0"
-    )
-    add("--drop-ratio", type=float, help=f"{ratio} for a detector)")
+    ratio = "fraction of the tokens that PTR drops at each stage"
+    default = "the checkpoint's; 0.5 if that is 0 or unknown, except for a detector"
+    add("--drop-ratio", type=float, help=f"{ratio} (default: {default})")
     ptr.add_flags(add, before="the checkpoint's, else ")
     return parser
 
@@ -237,7 +236,7 @@ def draw_detections(args: argparse.Namespace, checkpoint: dict[str, Any], device
     training.seed_generators(device, args.seed)
     for image in images:
         seen = in_channels(image, encoder.channels)
-        (found,) = model(detect.to_device([seen], device), ptr=reduction)
+        (found,) = model(detect.to_inputs([seen], device), ptr=reduction)
         sure = found["scores"] >= args.score_threshold
         boxes, labels, scores, masks = (found[name][sure].cpu() for name in ("boxes", "labels", "scores", "masks"))
         scale = 384 / max(image.shape[-2:])  # to a size that fits the text

@@ -165,7 +165,7 @@ def test_objects_are_found_in_the_pixels_of_each_image():
     model, seen = small_detector(short_side=(24, 40)).eval(), []
     model.roi_heads.score_thresh = 0.0
     model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append((inputs[0].shape[2:], inputs[1])))
-    images = detect.to_device([torch.randint(256, (3, *size)).byte() for size in ((20, 30), (45, 90))], ALONE.device)
+    images = detect.to_inputs([torch.randint(256, (3, *size)).byte() for size in ((20, 30), (45, 90))], ALONE.device)
     assert 0.99 < images[0].max() <= 1
     for found, (_, height, width) in zip(model(images), (image.shape for image in images), strict=True):
         assert found["masks"].shape[1:] == (1, height, width) and found["labels"].min() >= 1

@@ -56,12 +56,6 @@ def add_flags(parser: argparse.ArgumentParser, recipes: dict[str, Any], out: str
     add_device_flags(add)
 
 
-def print_once(text: str) -> None:
-    """Print in the main process only."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
-        print(text)
-
-
 def add_device_flags(add: Callable[..., Any]) -> None:
     """Add the flags about device, precision and seed."""
     add("--device", default="auto", help="cpu, cuda, mps, ...; auto: the accelerator if there is one, else cpu")
@@ -276,6 +270,12 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SystemExit(f"error: {path} contains a {type(content).__name__}, expected a dict")
     return content
+
+
+def print_once(text: str) -> None:
+    """Print in the main process only."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        print(text)
 
 
 def describe(row: dict[str, Any], *names: str) -> str:
