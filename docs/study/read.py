@@ -21,7 +21,8 @@ def accuracies(run: Path) -> dict[str, float]:
         found |= dict(zip(("k-NN", "ridge"), values, strict=True))
     if (run / "done").exists():
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-        found |= {key: round(100 * last[key], 2) for key in ("top1", "box_ap", "mask_ap") if key in last}
+        names = dict(top1="", box_ap="box AP", mask_ap="mask AP")
+        found |= {name: round(100 * last[key], 2) for key, name in names.items() if key in last}
     return found
 
 
@@ -30,9 +31,9 @@ def main(folder: str, *names: str) -> None:
     for run in sorted(Path(folder).iterdir()):
         parts = re.fullmatch(r"(.+?)-([0-9])(?:-([^0-9].*))?", run.name)
         if parts and run.is_dir():
-            name, seed, tuning = parts.groups()
+            name, seed, tuning = parts.groups(default="")
             for metric, value in accuracies(run).items():
-                store.setdefault(name, {}).setdefault(tuning or metric, {})[seed] = value
+                store.setdefault(name, {}).setdefault(f"{tuning} {metric}".strip(), {})[seed] = value
     STORE.write_text(json.dumps(store, indent=1, sort_keys=True) + "\n")
     columns = list(dict.fromkeys(metric for name in names or store for metric in store[name]))
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
