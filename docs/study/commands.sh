@@ -65,7 +65,7 @@ for seed in 0 1 2; do
 done
 
 # Question 4, on held-out images (100 % of the labels), then on the test images with the rates chosen
-full=(pcae-10= mae-9= scratch=)
+full=(pcae-10=1.6e-2 mae-9=1.6e-2 scratch=8e-3)
 for peak in 2 4 8; do for name in pcae-10 mae-9 scratch; do few $name 0 1 $peak 64 2 1; done; done
 for seed in 0 1 2; do
     for chosen in "${full[@]}"; do
@@ -98,7 +98,7 @@ done
 one=$threads
 
 # Question 6. Learning rates are tuned on 100 scenes and evaluated on others than the test scenes
-here=$(realpath "${BASH_SOURCE[0]%/*}") detection="" scratch=""
+here=$(realpath "${BASH_SOURCE[0]%/*}") detection=6.4e-2 scratch=6.4e-2
 detect() { # shapes or scratch, seed, scenes, split, learning rate
     local run=$runs/$1-$2-scenes-$3-$4-blr$5 init="--init $runs/shapes-$2/last.pt"
     [ "$1" != scratch ] || init="--init none --layer-decay 1"
