@@ -43,16 +43,16 @@ ABLATIONS = [
 LEGEND = """
 Speed: relative to the first row, median [min-max] of the rounds. Each row takes turns with the first row, step by
 step, so a temporarily slow machine affects both. The speed of the first row itself shows the noise. By MACs: the speed
-predicted by multiply-accumulates alone. Of peak: MACs per second, as a fraction of a large matrix product's in the same
-rounds. Days: for 300 epochs of ImageNet at this speed, without waiting for data. The poster's days are for an unnamed
-device."""
+predicted by multiply-accumulates alone. Of a product: MACs per second, as a fraction of a large matrix product's in the
+same rounds. Days: for 300 epochs of ImageNet at this speed, without waiting for data. The poster's days are for an
+unnamed device."""
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
 def timed(args: argparse.Namespace, steps: list[Callable], macs: list[int], poster: float | None) -> tuple[float, str]:
-    """Return images/s and the cells "images/s | speed | by MACs | poster | of peak" of a row.
+    """Return images/s and the cells "images/s | speed | by MACs | poster | of a product" of a row.
 
     `steps` and `macs` are those of the table's first row and of this row; `poster` is the poster's speed, if any.
     """
@@ -96,8 +96,8 @@ def training_table(args: argparse.Namespace, title: str, cases: list[tuple]) -> 
     yield f"""
 ## Pre-training: {title}
 
-| trained | teacher's tokens | GMACs/image | images/s | speed | by MACs | poster | of peak | days | poster's days | \
-activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
+| trained | teacher's tokens | GMACs/image | images/s | speed | by MACs | poster | of a product | days | poster's days \
+| activations, MiB/image | peak beyond weights and moments, MiB (CUDA) |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
     shape, first = (3, args.image_size, args.image_size), None
     images = torch.randint(256, (args.batch_size, *shape), dtype=torch.uint8, device=args.device)
@@ -158,9 +158,9 @@ def inference(args: argparse.Namespace) -> Iterator[str]:
     depth, first_macs = len(encoder.blocks), profiling.count_macs(classifier, images[:1])
     blocks = depth // 12, depth * 5 // 12
     yield f"""
-## Inference: dropping after blocks {blocks[0]} and {blocks[1]}
+## Inference: {args.model}, {args.batch_size} images, dropping after blocks {blocks[0]} and {blocks[1]}
 
-| drop ratio | tokens at the end | GMACs/image | poster's | images/s | speed | by MACs | poster | of peak |
+| drop ratio | tokens at the end | GMACs/image | poster's | images/s | speed | by MACs | poster | of a product |
 | --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
     for ratio, (poster_gmacs, poster_speed) in CLASSIFIERS.items():
         ptr = PTR(blocks, ratio) if ratio else PTR()
@@ -235,6 +235,8 @@ def main(argv: list[str] | None = None) -> None:
     add("--report", metavar="FILE", help=page)
     runs.add_device_flags(add)
     args = parser.parse_args(argv)
+    if args.report and (args.markdown or args.section != "all"):
+        raise SystemExit("error: --report writes a page of its own, without a section or --markdown")
     args.device = training.start_world(args.device).device
     args.batch_size = args.batch_size or (4096 if args.report and args.device.type == "cuda" else 8)
     usual = report_models(args.device) if args.report else ["vit_small"]

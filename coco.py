@@ -178,7 +178,8 @@ NUM_SCENES = dict(train=400, val=100)  # --limit may raise the number for traini
 def write_scenes(root: Path, image_size: tuple[int, int], limit: int | None = None) -> Path:
     """Write synthetic scenes of `image_size` (H, W) in COCO's format to a folder below `root`, unless it exists.
 
-    Writes 100 scenes to validate, and 400 to train, or `limit` if it is larger. Returns the folder.
+    Writes 100 scenes to validate, and 400 to train, or `limit` if it is larger. Returns the folder. Delete it after a
+    change of the scenes.
     """
     lengths = NUM_SCENES | dict(train=max(limit or 0, NUM_SCENES["train"]))
     folder = root / f"shapes-{image_size[0]}x{image_size[1]}-{lengths['train']}-{lengths['val']}"

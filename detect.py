@@ -129,9 +129,9 @@ class Detector(MaskRCNN):
         *,
         short_side: list[int],
         long_side: int,
-        anchor: int = 32,
-        rois: int = 512,
-        proposals: int = 1000,
+        anchor: int,
+        rois: int,
+        proposals: int,
     ):
         c = backbone.out_channels
         normalize = data.normalize_for(backbone.encoder)
@@ -253,18 +253,20 @@ def find_objects(
 
 def evaluate(args: argparse.Namespace, checkpoint: dict[str, Any], val: CocoDetection, world: training.World) -> None:
     """Print AP, MACs and speed of a detector at each drop ratio (`--eval`)."""
-    training.seed_generators(world.device, args.seed)  # of the criterion `random`
-    model = load_detector(args, checkpoint).to(world.device).eval()
+    model = load_detector(args, checkpoint).to(world.device)
     val.use_categories([tuple(category) for category in checkpoint["categories"]])
     encoder, side = model.backbone.encoder, args.short_side[-1]
     ptrs = reductions(args, encoder)
     loader = scoring_loader(val, encoder.channels, args.workers, world)
-    found = [find_objects(model, loader, reduction, args.precision, world) for reduction in ptrs]
+    found = []
+    for reduction in ptrs:
+        training.seed_generators(world.device, args.seed)  # of the criterion `random`
+        found.append(find_objects(model, loader, reduction, args.precision, world))
     if not world.is_main:
         return
     print(f"data    {args.data}: {val.describe()}; {len(found[0][1]):,} images evaluated")
     images = to_inputs([loader.dataset[0, i][0] for i in range(min(4, len(val)))], world.device)
-    whole, *reduced = [lambda ptr=ptr: [model([image], ptr=ptr) for image in images] for ptr in (NO_PTR, *ptrs)]
+    whole, *reduced = [lambda by=by: [model([image], ptr=by) for image in images] for by in (NO_PTR, *ptrs)]
     with training.autocast(world.device, args.precision):
         speeds = profiling.speed_ups(whole, reduced, world.device)
     square = torch.zeros(1, encoder.channels, *[math.ceil(side / 32) * 32] * 2)
@@ -283,18 +285,17 @@ def main(argv: list[str] | None = None) -> None:
     # 1. Settings
     parser = arguments()
     args, checkpoint = runs.parse(parser, RECIPES, argv, warmup_ratio=1 / 24, sets=("shapes", "coco"))
+    given = runs.given(parser, argv)
     if args.eval:
         checkpoint = runs.load(args.eval)
-        runs.reject(runs.given(parser, argv) - EVAL_FLAGS.union(*FROM_CHECKPOINT), "not used with --eval")
+        runs.reject(given - EVAL_FLAGS.union(*FROM_CHECKPOINT), "not used with --eval")
         sizes = [("channels",), ("anchor",), ("rois",)]  # of the trained heads
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT + sizes)
     else:
         if len(args.drop_ratio) > 1:
             raise SystemExit("error: --drop-ratio takes several numbers only with --eval")
-        given = runs.given(parser, argv)
         weights.check_flags(given - {"channels"}, args.init)  # --channels is that of the pyramid
-        if not args.drop_ratio[0] and "drop_ratio" not in given:
-            runs.reject(given & ptr.SCHEDULE, "not used without --drop-ratio")
+    ptr.check_flags(given, *args.drop_ratio)
     world = training.start_world(args.device)
 
     # 2. Data

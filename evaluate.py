@@ -85,6 +85,7 @@ def evaluate_classifier(
     encoder, normalize = model.encoder, data.normalize_for(model.encoder).to(world.device)
     rows = []
     for reduction in reductions:
+        training.seed_generators(world.device, args.seed)  # of the criterion `random`
         logits, labels = metrics.predict(
             lambda images, reduction=reduction: model(images, ptr=reduction), loader, normalize, args.precision, world
         )
@@ -114,6 +115,7 @@ def evaluate_features(
     """
     by, normalize = args.pool or "mean", data.normalize_for(encoder).to(world.device)
     for reduction in reductions:
+        training.seed_generators(world.device, args.seed)  # of the criterion `random`
 
         def features(images: Tensor, reduction: PTR = reduction) -> Tensor:
             return pool(encoder(images, ptr=reduction).tokens, by)
@@ -134,8 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     checkpoint = runs.load(first.file)
     groups = (*DATA, *ptr.FLAG_GROUPS) if first.knn is None else DATA  # with --knn, PTR only if a flag is given
     args = runs.parse_with_checkpoint(parser, argv, checkpoint, groups)
+    ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # a checkpoint records one
+    ptr.check_flags(runs.given(parser, argv), *ratios)
     world = training.start_world(args.device)
-    training.seed_generators(world.device, args.seed)  # of the criterion `random`
 
     # 2. Model
     options = weights.told(args) | dict(image_size=args.image_size and data.sides(args.image_size))
@@ -147,7 +150,6 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = weights.load_classifier(checkpoint, pool=args.pool, **options)
         encoder = model.encoder if args.knn is None else model
-        ratios = args.drop_ratio if isinstance(args.drop_ratio, list) else [args.drop_ratio]  # a checkpoint records one
         reductions = [ptr.from_args(args, len(encoder.blocks), ratio) for ratio in ratios]
         for reduction in reductions:
             ptr.token_counts(encoder.num_patches, len(encoder.blocks), reduction)

@@ -131,8 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     args, checkpoint = runs.parse(parser, recipes, argv, warmup_ratio=0.1, sets=data.SETS)
     given = runs.given(parser, argv)
     weights.check_flags(given, args.init)
-    if not args.drop_ratio and "drop_ratio" not in given:
-        runs.reject(given & ptr.SCHEDULE, "not used without --drop-ratio")
+    ptr.check_flags(given, args.drop_ratio)
     if args.linear_probe and (args.drop_path, args.layer_decay) != (0, 1):
         runs.reject(given & {"drop_path", "layer_decay"}, "not used with --linear-probe, which freezes the encoder")
     asked_size = args.image_size  # None: the size in the file

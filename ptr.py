@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from util import runs
+
 
 def redundancy(x: Tensor) -> Tensor:
     """Return each token's mean cosine similarity to all tokens: (B, N, D) -> (B, N), in float32.
@@ -152,6 +154,12 @@ def add_flags(add: Callable[..., Any], before: str = "") -> None:
     add("--drop-at", default="start", choices=PLACEMENTS, help=f"{at} (default: {before}start)")
     add("--drop-blocks", type=int, nargs="*", metavar="BLOCK", help=blocks)
     add("--criterion", default="similarity", choices=CRITERIA, help=f"{criterion} (default: {before}similarity)")
+
+
+def check_flags(given: set[str], *drop_ratios: float | None) -> None:
+    """End the script if flags about PTR are among the `given` ones although it is off by default."""
+    if not any(drop_ratios) and "drop_ratio" not in given:
+        runs.reject(given & SCHEDULE, "not used without --drop-ratio")
 
 
 def from_args(args: argparse.Namespace, depth: int, drop_ratio: float) -> PTR:

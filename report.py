@@ -96,8 +96,8 @@ LEGEND = """
 Batch: {batch} images, halved until they fit in the GPU's memory. Speed: images/s relative to the first row of the
 table; the two take turns, and the cell shows the median [min-max] of the rounds. By MACs: the speed predicted by
 multiply-accumulates alone. MFU: two FLOP per MAC, as a fraction of the datasheet's peak. Of a product: the same, as a
-fraction of the matrix product above. Memory: peak during a step, including weights and optimizer. Days: for 300 epochs
-of ImageNet."""
+fraction of a large matrix product's speed. Memory: peak during a step, including weights and optimizer. Days: for 300
+epochs of ImageNet."""
 
 
 def report_models(device: torch.device) -> list[str]:

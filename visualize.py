@@ -91,7 +91,8 @@ def read_images(names: list[str], limit: int) -> list[Tensor]:
     images = []
     for name in names:
         paths = find_images(Path(name)) if Path(name).is_dir() else [name]
-        for path in paths[:: max(1, len(paths) // limit)][:limit]:  # spread over the folder, not only its first class
+        count = min(limit, len(paths))
+        for path in (paths[i * len(paths) // count] for i in range(count)):  # not only the first class
             try:
                 images.append(read_image(path))
             except UnreadableImage as error:
@@ -289,8 +290,11 @@ def main(argv: list[str] | None = None) -> None:
         device, checkpoint = training.start_world(args.device).device, runs.load(args.checkpoint)
         args = runs.parse_with_checkpoint(parser, argv, checkpoint, FROM_CHECKPOINT)
         args.drop_ratio = single(args.drop_ratio)
-        is_detector = checkpoint.get("method") == "detect"
-        if not (is_detector or args.drop_ratio or "drop_ratio" in runs.given(parser, argv)):
+        is_detector, given = checkpoint.get("method") == "detect", runs.given(parser, argv)
+        if is_detector:
+            runs.reject(given & {"masked", "mask_ratio", "heatmap", "weights"}, "not used for a detector")
+            ptr.check_flags(given, args.drop_ratio)
+        elif not (args.drop_ratio or "drop_ratio" in given):
             args.drop_ratio = 0.5  # also show PTR for a checkpoint that drops no tokens
         draw = draw_detections if is_detector else draw_checkpoint
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import ptr
 from beit import BEiT, build_encoder, num_distances, resize_table
+from data import evaluation_margin
 from model import IMAGENET_MEAN, IMAGENET_STD, MODELS, Classifier, ViT, grid_size
 from util import runs
 
@@ -156,7 +157,8 @@ def infer_arguments(
         square = (math.isqrt(count - 3) + 1) // 2
     grid = tuple(grid or (square, square))
     if count_of(grid) != count:
-        raise ValueError(f"{positions} has {count} rows, which do not fit {grid[0]} x {grid[1]} patches: set --grid")
+        expected = f"{count_of(grid)} for {grid[0]} x {grid[1]} patches and the class token"
+        raise ValueError(f"{positions} has {count} rows, expected {expected}: set --grid if there are others")
     usual = {size["dim"]: size["heads"] for size in MODELS.values()}
     if table is not None:
         if heads not in (None, table.shape[1]):
@@ -347,7 +349,10 @@ def timm_call(model: ViT | Classifier, path: str | None = None) -> str:
     if isinstance(model, Classifier):
         options |= dict(num_classes=model.head.out_features, global_pool="avg" if model.pool == "mean" else "token")
         options |= dict(fc_norm=False) if model.frozen else {}
-    options |= dict(pretrained_cfg_overlay=dict(mean=sizes["mean"], std=sizes["std"]))
+    # For timm's preprocessing: our evaluation's centre crop and, for grey images, one mean as in `data.Normalize`.
+    mean, std = (x if encoder.channels == 3 else (sum(x) / 3,) for x in (sizes["mean"], sizes["std"]))
+    expected = dict(input_size=(encoder.channels, *encoder.image_size), mean=mean, std=std)
+    options |= dict(pretrained_cfg_overlay=expected | dict(crop_pct=1 / evaluation_margin(encoder.image_size)))
     options |= dict(checkpoint_path=path) if path else {}
     return f"timm.create_model({name!r}, {', '.join(f'{key}={value!r}' for key, value in options.items())})"
 
@@ -379,6 +384,8 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         raise SystemExit(f"error: {args.file}: {error}") from None
     print(f"saved {args.out}; timm loads the file by\n  {timm_call(model, args.out)}")
+    if isinstance(model, Classifier) and config.get("drop_ratio"):
+        print("timm runs it without PTR, which it was trained with: its accuracy may be lower there")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def test_the_prediction_for_gpus_counts_the_same_macs(case):
     assert step.flop == 2 * 2 * macs and step.kept > 0
 
 
-@pytest.mark.parametrize("flags", ["--image-size 18", "--decoder-dim 30"])
+@pytest.mark.parametrize("flags", ["--image-size 18", "--decoder-dim 30", "--report x.md"])
 def test_mistakes(flags):
     with pytest.raises(SystemExit, match="error"):
         benchmark.main(["data", *flags.split()])

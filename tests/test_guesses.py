@@ -9,6 +9,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 import data
 import detect
+import evaluate
 import helpers
 import visualize
 from helpers import flags, train
@@ -180,6 +181,18 @@ def test_flags_about_stages_override_recorded_blocks(tmp_path, grey, capsys):
         visualize.main(flags(checkpoint=tmp_path / "a/last.pt", limit=2, out=path, device="cpu", **changes))
         pictures.append(path.read_bytes())
     assert pictures[0] != pictures[1] == pictures[2]
+    several = [score(capsys, tmp_path / "a/last.pt", criterion="random", drop_ratio=x)[0] for x in ([0.2, 0.5], 0.5)]
+    assert several[0].splitlines()[-1].split()[:5] == several[1].splitlines()[-1].split()[:5], "drawn for each ratio"
+    whole = train("finetune", tmp_path / "c", init=grey, **TINY)
+    whole = whole, train("detect", tmp_path / "d", init=grey, epochs=1, batch_size=2, **detector)
+    assert whole[0]["config"]["drop_ratio"] == 0 and whole[1]["config"]["drop_ratio"] == [0]
+    for main, words in (
+        (evaluate.main, [tmp_path / "c/last.pt", *flags(drop_stages=2)]),
+        (detect.main, flags(eval=tmp_path / "d/last.pt", drop_stages=2, **detector)),
+        (visualize.main, flags(checkpoint=tmp_path / "d/last.pt", drop_stages=2)),
+    ):
+        with pytest.raises(SystemExit, match="--drop-stages"):  # nothing is dropped
+            main([*map(str, words)])
 
 
 # --- linear probes ----------------------------------------------------------------------------------------------------

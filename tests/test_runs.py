@@ -110,6 +110,12 @@ def test_a_run_folder(run):
     assert [runs.load(path / "last.pt")["config"]["seed"] for path in (run / "earlier-2", run)] == [1, 2]
 
 
+def test_a_run_continued_in_another_folder_keeps_its_best_checkpoint(run, tmp_path):
+    other = runs.RunFolder(argparse.Namespace(**parse("--resume", run / "last.pt", "--out", tmp_path / "other")))
+    other.save(dict(history=HISTORY), is_best=False)
+    assert (tmp_path / "other/best.pt").read_bytes() == (run / "best.pt").read_bytes()
+
+
 def test_a_file_where_the_folder_should_be(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(SystemExit, match="--out"):

@@ -280,6 +280,8 @@ def test_timm_loads_what_is_exported(kind):
     theirs.load_state_dict(timm_weights(model), strict=True)
     pairs = (theirs.forward_features(images), model(images).tokens) if kind is None else (theirs(images), model(images))
     torch.testing.assert_close(*pairs, atol=1e-5, rtol=1e-5)
+    expected = dict(input_size=(1, 24, 40), mean=(0.449,), crop_pct=0.875, interpolation="bicubic")
+    assert expected.items() <= timm.data.resolve_model_data_config(theirs).items(), "as our evaluation"
 
 
 RECORDED = Path(os.environ.get("PCAE_PARITY", "")).parent / "weights" / "expected.pt"  # by the projects' own code

@@ -163,6 +163,9 @@ class RunFolder:
             if args.resume == "":
                 print(f"--resume: no checkpoint in {self.path} yet, starting from the beginning")
             self.keep_earlier()
+            best = Path(args.resume or self.path / "last.pt").with_name("best.pt")
+            if best.exists() and not (self.path / "best.pt").exists():  # continues a run of another folder
+                write(self.path / "best.pt", lambda file: file.write(best.read_bytes()))
             write(self.path / "args.json", lambda file: file.write((json.dumps(vars(args), indent=2) + "\n").encode()))
         except Timeout:
             raise SystemExit(f"error: another run is using --out {self.path}: choose another folder") from None
