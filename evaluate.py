@@ -163,6 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.knn is not None:
         train = data.labelled_images(args.data, args.data_root, size, args.limit, args.download)
         val = data.validation_images(args.data, args.data_root, size, None, args.download, train.classes)
+        if world.is_main:
+            print(f"data    {args.data}: {data.describe(train)}, {len(val):,} to test")
         loaders = [data.scoring_loader(images, size, args.channels, **scoring) for images in (train, val)]
         return evaluate_features(encoder, loaders, reductions, args, world)
     val = validation_images(args, checkpoint, size)

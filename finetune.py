@@ -52,7 +52,7 @@ RECIPES = {
     ),
 }
 PROBES = {"laptop": dict(blr=0.1, weight_decay=0.0, clip_grad=0.0, layer_decay=1.0, smoothing=0.0)}
-PROBES["imagenet"] = PROBES["laptop"] | dict(epochs=90, warmup_epochs=10.0, batch_size=1024)
+PROBES["imagenet"] = PROBES["laptop"] | dict(epochs=90, warmup_epochs=10.0, batch_size=1024, min_crop=0.08)
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -89,7 +89,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--layer-decay", type=float, default=0.75, help="layer-wise learning-rate decay, per block; 1: off")
     add("--compile", action="store_true", help="compile the model with torch.compile: slow start, faster steps")
     add("--smoothing", type=training.ratio, default=0.1, help="label smoothing")
-    add("--rand-augment", type=int, default=0, help="strength of RandAugment, 1 to 10; 0: off")
+    strength = "strength of RandAugment, 1 to 10; 0: off"
+    add("--rand-augment", type=int, default=0, choices=range(11), metavar="N", help=strength)
     add("--erasing", type=training.ratio, default=0.0, help="probability of RandomErasing, filled with noise")
     one = "0: off. With both, each forward pass uses one of the two at random"
     add("--mixup", type=float, default=0.0, help=f"alpha of MixUp; {one}")
@@ -212,7 +213,8 @@ def main(argv: list[str] | None = None) -> None:
     if world.is_main:
         print(f"device  {world.describe()}")
         print(f"data    {args.data}: {data.describe(train)}, {len(val):,} validation images")
-        print(f"model   {encoder.describe()}; {model.pool} pooling; class token + {' '.join(map(str, counts))}")
+        tokens = f"class token + {' '.join(map(str, counts))}"
+        print(f"model   --init {args.init}: {encoder.describe()}; {model.pool} pooling; {tokens}")
         print("steps  ", training.describe_steps(total_steps, batch_size, micro_batch, accumulate, args.blr, world))
         if args.repeats > 1:
             print(f"        each epoch uses each training image {args.repeats} times (--repeats)")

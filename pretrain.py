@@ -250,7 +250,8 @@ def main(argv: list[str] | None = None) -> None:
             content |= dict(method=args.method, encoder=model.student.arguments, num_images=len(images))
             run.save(content)
             tqdm.write(runs.describe(row, "epoch", "loss", "target_std", "knn", "ridge", "images_per_second"))
-            if warning := metrics.collapse_warning(history, args.epochs):
+            warning = metrics.collapse_warning(history, args.epochs)
+            if warning and args.method == "pcae" and not args.dry_run:
                 tqdm.write(f"warning: {warning}")
     bar.close()
 
