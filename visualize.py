@@ -292,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         args.drop_ratio = single(args.drop_ratio)
         is_detector, given = checkpoint.get("method") == "detect", runs.given(parser, argv)
         if is_detector:
-            runs.reject(given & {"masked", "mask_ratio", "heatmap", "weights"}, "not used for a detector")
+            runs.reject(given & {"masked", "mask_ratio", "heatmap", "weights", "pool"}, "not used for a detector")
             ptr.check_flags(given, args.drop_ratio)
         elif not (args.drop_ratio or "drop_ratio" in given):
             args.drop_ratio = 0.5  # also show PTR for a checkpoint that drops no tokens
