@@ -181,7 +181,8 @@ def test_flags_about_stages_override_recorded_blocks(tmp_path, grey, capsys):
         visualize.main(flags(checkpoint=tmp_path / "a/last.pt", limit=2, out=path, device="cpu", **changes))
         pictures.append(path.read_bytes())
     assert pictures[0] != pictures[1] == pictures[2]
-    several = [score(capsys, tmp_path / "a/last.pt", criterion="random", drop_ratio=x)[0] for x in ([0.2, 0.5], 0.5)]
+    random = dict(criterion="random", limit=64, batch_size=8)
+    several = [score(capsys, tmp_path / "a/last.pt", drop_ratio=x, **random)[0] for x in ([0.2, 0.5], 0.5)]
     assert several[0].splitlines()[-1].split()[:5] == several[1].splitlines()[-1].split()[:5], "drawn for each ratio"
     whole = train("finetune", tmp_path / "c", init=grey, **TINY)
     whole = whole, train("detect", tmp_path / "d", init=grey, epochs=1, batch_size=2, **detector)
