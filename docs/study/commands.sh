@@ -70,7 +70,7 @@ for peak in 2 4 8; do for name in pcae-10 mae-9 scratch; do few $name 0 1 $peak 
 for seed in 0 1 2; do
     for chosen in "${full[@]}"; do
         finetune data "${chosen%=*}" $seed labels-0.1 --label-fraction 0.1
-        [ ! "${chosen#*=}" ] || finetune data "${chosen%=*}" $seed labels-1 --epochs 2 --blr "${chosen#*=}"
+        finetune data "${chosen%=*}" $seed labels-1 --epochs 2 --blr "${chosen#*=}"
     done
 done
 
@@ -98,7 +98,7 @@ done
 one=$threads
 
 # Question 6. Learning rates are tuned on 100 scenes and evaluated on others than the test scenes
-here=$(realpath "${BASH_SOURCE[0]%/*}") detection=6.4e-2 scratch=6.4e-2
+here=$(realpath "${BASH_SOURCE[0]%/*}")
 detect() { # shapes or scratch, seed, scenes, split, learning rate
     local run=$runs/$1-$2-scenes-$3-$4-blr$5 init="--init $runs/shapes-$2/last.pt"
     [ "$1" != scratch ] || init="--init none --layer-decay 1"
@@ -115,8 +115,6 @@ python pretrain.py --resume --seed $seed --out $runs/shapes-$seed >> $runs/shape
 done
 [ -f "$runs/shapes-0/done" ] && [ -d "$runs/scenes-100-tune" ] || exit 0
 for blr in 3.2e-2 6.4e-2; do for start in shapes scratch; do detect $start 0 100 tune $blr; done; done
-[ "$detection" ] || exit 0
 for scenes in 100 50 200; do for seed in 0 1 2; do
-    detect shapes $seed $scenes val $detection
-    detect scratch $seed $scenes val $scratch
+    for start in shapes scratch; do detect $start $seed $scenes val 6.4e-2; done
 done; done
